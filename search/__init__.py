@@ -1,0 +1,1 @@
+"""How the question is answered: Optuna explores, workers train, winners are tested."""

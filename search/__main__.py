@@ -1,0 +1,5 @@
+"""`python -m search` is `fmnist-search`."""
+
+from search.cli import main
+
+main()

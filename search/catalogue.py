@@ -1,0 +1,125 @@
+"""Which studies there are. Names and docstrings are read from source: a study imports Keras."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from search.errors import EXIT_USAGE, SearchError
+
+if TYPE_CHECKING:
+    from studies.study import Study
+
+_FOLDER = Path(__file__).parents[1] / "studies"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A study that can be named on the command line."""
+
+    name: str
+    file: Path
+    summary: str  # first line of the docstring
+
+
+def studies() -> list[Entry]:
+    """Those that are installed, by name."""
+    files = sorted(_FOLDER.glob("*.py"))
+    return [_read(file) for file in files if file.stem not in ("__init__", "study")]
+
+
+def find(reference: str) -> Entry:
+    """The study of that name, or in that file.
+
+    Raises:
+        SearchError: naming the known ones and the nearest, or what is wrong with the file.
+    """
+    from studies.study import NAME_RULE
+
+    if reference.endswith(".py"):
+        if not (file := Path(reference)).is_file():
+            raise SearchError(f"--study: there is no file {reference!r}; check the path", exit_code=EXIT_USAGE)
+        return _read(file.resolve())
+    if not NAME_RULE.fullmatch(reference):
+        raise SearchError(
+            f"--study takes 1 to 64 of A-Z a-z 0-9 . _ - without a leading dot, or a path that "
+            f"ends in .py. Received: {reference[:80]!a}",
+            exit_code=EXIT_USAGE,
+        )
+    known = {entry.name: entry for entry in studies()}
+    if reference in known:
+        return known[reference]
+    nearest = difflib.get_close_matches(reference, known, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise SearchError(
+        f"there is no study {reference!r}.{hint} Known: {', '.join(known)}; or give a path that "
+        "ends in .py",
+        exit_code=EXIT_USAGE,
+    )
+
+
+def load(file: Path) -> Study:
+    """Import the study (this runs the file's code); only workers do it.
+
+    Raises:
+        ValueError: if the file has no `study = Study(...)`.
+        Exception: whatever the file raises.
+    """
+    from studies.study import Study
+
+    if file.parent == _FOLDER:
+        module = importlib.import_module(f"studies.{file.stem}")
+    else:
+        sys.path.insert(0, str(file.parent))  # so that it can import what lies beside it
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module
+        spec.loader.exec_module(module)
+    study = getattr(module, "study", None)
+    if not isinstance(study, Study):
+        raise ValueError(f"{file} needs a line `study = Study(...)`. Received: study={study!r}")
+    return study
+
+
+def _read(file: Path) -> Entry:
+    try:
+        tree = ast.parse(file.read_text(), str(file))
+    except (SyntaxError, UnicodeDecodeError, OSError) as error:
+        raise SearchError(f"the study file {file} can't be read: {error}") from None
+    name = _study_name(tree)
+    if name is None:
+        raise SearchError(
+            f'the study file {file} needs a line `study = Study(name="...", ...)` with the name '
+            "written out"
+        )
+    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return Entry(_valid_name(name, file), file, summary)
+
+
+def _valid_name(name: str, file: Path) -> str:
+    from studies.study import NAME_RULE
+
+    if not NAME_RULE.fullmatch(name):
+        raise SearchError(
+            f"a study's name is 1 to 64 of A-Z a-z 0-9 . _ - without a leading dot. "
+            f"Received: name={name[:80]!a} in {file}"
+        )
+    return name
+
+
+def _study_name(tree: ast.Module) -> str | None:
+    for statement in tree.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="study")], value=ast.Call(keywords=keywords)):
+                for keyword in keywords:
+                    if keyword.arg == "name" and isinstance(keyword.value, ast.Constant):
+                        return str(keyword.value.value)
+    return None

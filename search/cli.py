@@ -1,0 +1,227 @@
+"""The command line. Keras is imported by workers only, and nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from search.errors import EXIT_USAGE, SearchError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+class _Duration(click.ParamType):
+    name = "TIME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(value))
+        if not match or not float(match[1]):
+            self.fail(f"a time is a number and s, m or h, such as 90m. Received: {value!r}")
+        return float(match[1]) * _UNITS[match[2]]
+
+
+class _Epochs(click.FloatRange):
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True, max=10_000)
+
+
+_study = click.option("--study", metavar="NAME|FILE.py", required=True, help="Which study.")
+_out = click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<study>]"
+)
+_storage = click.option(
+    "--storage", metavar="URL", help="sqlite:///FILE.  [default: study.db in the run's folder]"
+)
+
+
+def _options(*options: Any) -> Any:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_running = _options(
+    click.option("--workers", default="auto", help="auto (one per GPU, else per core) or a number."),
+    click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto"),
+    click.option("--max-attempts", type=click.IntRange(1, 1000), default=3, show_default=True,
+                 help="Of a trial whose worker dies."),
+    click.option("--top", type=click.IntRange(1, 1000), default=1, show_default=True,
+                 help="Winners to retrain."),
+    click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True,
+                 help="Trainings of each winner."),
+    click.option("--final-epochs", type=_Epochs(),
+                 help="Of a winner's training.  [default: the study's, else as served it best]"),
+    click.option("-v", "--verbose", count=True, help="Every event beside the live view."),
+    click.option("-q", "--quiet", is_flag=True, help="Warnings and the result only."),
+)  # fmt: skip
+
+
+@click.group(invoke_without_command=True, context_settings=_CONTEXT)
+@click.version_option(package_name="fmnist-search")
+@click.option("--study", metavar="NAME|FILE.py", help="Which study; `studies` lists them.")
+@click.option("--trials", type=click.IntRange(1, 1_000_000),
+              help="Finished trials in all, not more of them.  [default: the study's]")
+@click.option("--epochs", type=_Epochs(), help="Of a trial that is not pruned.")
+@click.option("--dataset", metavar="NAME", help="fashion_mnist or digits.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the study.  [default: 0]")
+@_out
+@click.option("--time-budget", type=_Duration(), help="Of the search, such as 90m.")
+@click.option("--sampler", type=click.Choice(["tpe", "random", "qmc"]))
+@click.option("--pruner", type=click.Choice(["asha", "median", "none"]))
+@_storage
+@click.option("--no-retrain", is_flag=True, help="Search only.")
+@_running
+@click.pass_context
+def cli(ctx: click.Context, study: str | None, out: Path | None, **options: Any) -> None:
+    """From a search space of Keras models to a tested model.
+
+    Searches the study, retrains the winner on all training data and measures it once on the test
+    set. The same command again goes on where it was left.
+
+    \b
+    Example:
+      fmnist-search --study quickstart
+      fmnist-search --study cnn --trials 100
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    if study is None:
+        click.echo(ctx.get_help())
+        return
+    _journey(study, out, options)
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
+              help="Folder whose runs are listed.")
+def studies(runs: Path) -> None:
+    """What studies there are, and which have been run.
+
+    \b
+    Example:
+      fmnist-search studies
+    """
+    from search import catalogue, listing
+
+    listing.print_studies(catalogue.studies(), runs)
+
+
+@cli.command(context_settings=_CONTEXT)
+@_study
+@_out
+@_storage
+@click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Trials shown.")
+def show(study: str, out: Path | None, storage: str | None, top: int) -> None:
+    """The leaderboard of a run, while it runs or after.
+
+    \b
+    Example:
+      fmnist-search show --study cnn --top 10
+    """
+    from search import listing
+
+    listing.print_leaderboard(*_opened(study, out, storage), top)
+
+
+@cli.command(context_settings=_CONTEXT)
+@_study
+@_out
+@_storage
+@_running
+def retrain(study: str, out: Path | None, **options: Any) -> None:
+    """Retrain the winners of a run and test them, without further trials.
+
+    \b
+    Example:
+      fmnist-search retrain --study cnn --top 3 --seeds 5 --final-epochs 30
+    """
+    _opened(study, out, options["storage"])  # there must be something to retrain
+    _journey(study, out, {**_stored_options(study, out, options["storage"]), **options,
+                          "search": False})  # fmt: skip
+
+
+@cli.command(context_settings=_CONTEXT)
+@_study
+@_out
+@_storage
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--format", "format_", type=click.Choice(["yaml", "json", "csv"]), default="yaml",
+              show_default=True)
+def export(study: str, out: Path | None, storage: str | None, top: int, format_: str) -> None:
+    """Print the best trials' values and params.
+
+    \b
+    Example:
+      fmnist-search export --study cnn --top 5 --format csv > best.csv
+    """
+    from search import export
+
+    opened, _ = _opened(study, out, storage)
+    click.echo(export.leaderboard(opened, top, format_), nl=False)
+
+
+def main() -> None:
+    """Runs the command line; every error that a user can mend is one line and an exit code."""
+    try:
+        cli(standalone_mode=False)
+    except SearchError as error:
+        if error.detail:
+            click.echo(error.detail, err=True)
+        click.echo(f"fmnist-search: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.UsageError as error:
+        click.echo(f"fmnist-search: {error.format_message()} (see --help)", err=True)
+        sys.exit(EXIT_USAGE)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+def _journey(study: str, out: Path | None, options: dict[str, Any]) -> None:
+    from search import catalogue, listing
+    from search.pool import Interrupted
+    from search.progress import View
+    from search.run import run
+
+    folder = out or Path("runs") / catalogue.find(study).name
+    verbosity = options.pop("verbose") - options.pop("quiet")
+    final = not options.pop("no_retrain", False)
+    try:
+        with View(verbosity) as view:
+            outcome = run(study, folder, options, view, final=final)
+    except Interrupted as error:
+        click.echo(
+            "fmnist-search: interrupted; nothing is lost, the same command goes on", err=True
+        )
+        sys.exit(128 + error.number)
+    listing.print_outcome(study, outcome)
+
+
+def _opened(study: str, out: Path | None, url: str | None) -> Any:
+    """The study of a run, read only, and its folder."""
+    from search import catalogue, storage
+
+    entry = catalogue.find(study)
+    folder = out or Path("runs") / entry.name
+    opened = storage.read_study(storage.url_in(folder, url), entry.name)
+    if opened is None:
+        raise SearchError(
+            f"no run of {entry.name!r} in {folder}; start it with: fmnist-search --study {study}"
+        )
+    return opened, folder
+
+
+def _stored_options(study: str, out: Path | None, url: str | None) -> dict[str, Any]:
+    """What the run began with, so that `retrain` need not be told again."""
+    opened, _ = _opened(study, out, url)
+    fixed = opened.user_attrs.get("run", {}).get("fixed", {})
+    return {name: value for name, value in fixed.items() if name != "kind"}

@@ -1,0 +1,94 @@
+"""Which GPUs and cores there are, and how they are shared out among workers. No Keras import."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from search.errors import EXIT_USAGE, SearchError
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one worker may use."""
+
+    threads: int
+    gpu: str | None = None  # as CUDA_VISIBLE_DEVICES names it
+
+    @property
+    def label(self) -> str:
+        return f"gpu {self.gpu}" if self.gpu is not None else f"{self.threads} cpu"
+
+    def environment(self) -> dict[str, str]:
+        """What must stand in the worker's environment before Keras is imported."""
+        threads = str(self.threads)
+        return {
+            # An empty list hides every GPU, so that a CPU worker does not take memory on one.
+            "CUDA_VISIBLE_DEVICES": self.gpu or "",
+            "OMP_NUM_THREADS": threads,
+            "TF_NUM_INTRAOP_THREADS": threads,
+            "TF_NUM_INTEROP_THREADS": threads,
+            "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        }
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use: CUDA_VISIBLE_DEVICES if set, else all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if not (command := shutil.which("nvidia-smi")):
+        return []
+    listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=30)
+    lines = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(index) for index in range(len(lines))] if listing.returncode == 0 else []
+
+
+def cores() -> int:
+    """The cores that this process may run on: its affinity, and its container's quota."""
+    allowed = len(psutil.Process().cpu_affinity() or []) if hasattr(os, "sched_getaffinity") else 0
+    allowed = allowed or os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):  # not Linux, no cgroup, or the quota is "max"
+        return allowed
+
+
+def share_out(workers: str) -> list[Device]:
+    """One device for each worker.
+
+    Args:
+        workers: "auto" for one per GPU, or one per core where there is no GPU; or a number.
+
+    Raises:
+        SearchError: if it is neither, or more than four workers would share a core or a GPU.
+    """
+    found, available = gpus(), cores()
+    if workers == "auto":
+        count = len(found) or available
+    elif workers.isdecimal() and 1 <= int(workers) <= 4 * max(len(found), available):
+        count = int(workers)
+    else:
+        raise SearchError(
+            f"--workers is auto, or a number from 1 to {4 * max(len(found), available)} on this "
+            f"machine ({available} cores, {len(found)} GPUs). Received: {workers!r}",
+            exit_code=EXIT_USAGE,
+        )
+    threads = max(1, available // count)
+    return [Device(threads, found[i % len(found)] if found else None) for i in range(count)]
+
+
+def has_bfloat16() -> bool:
+    """Whether this machine's processor multiplies bfloat16 natively (elsewhere it is slower)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,0 +1,80 @@
+"""Workers as processes of this machine, each in its own session, joined by a socket pair."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from search.devices import Device
+from search.protocol import Channel
+
+_ROOT = Path(__file__).parents[2]  # the folder that holds the package, installed or checked out
+_TAIL_BYTES = 2000
+
+
+@dataclass
+class LocalWorker:
+    """A running worker process."""
+
+    channel: Channel
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_start: int  # bytes of the log that earlier workers wrote
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        """End it now, whatever it does; returns when it is gone."""
+        self.process.kill()
+        self.process.wait()
+        self.channel.close()
+
+    def post_mortem(self) -> str:
+        """How it ended and the last lines that it wrote; call after `kill`."""
+        code = self.process.returncode
+        how = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        with self.log.open("rb") as log:
+            log.seek(max(self.log_start, self.log.stat().st_size - _TAIL_BYTES))
+            last = log.read().decode(errors="replace").strip().splitlines()[-5:]
+        return "\n".join([how, *last])
+
+
+class LocalEngine:
+    """Starts workers here.
+
+    Args:
+        log_folder: each slot's workers write what they print to `worker-<slot>.log` in it.
+    """
+
+    def __init__(self, log_folder: Path):
+        self._log_folder = log_folder
+
+    def start(self, device: Device, slot: int) -> LocalWorker:
+        ours, theirs = socket.socketpair()
+        path = self._log_folder / f"worker-{slot}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with theirs, path.open("ab") as log:
+            process = subprocess.Popen(
+                # -P: the user's folder may hold a search.py of its own.
+                [sys.executable, "-P", "-m", "search.worker", str(theirs.fileno())],
+                env={
+                    **os.environ,
+                    **device.environment(),
+                    "PYTHONPATH": os.pathsep.join(
+                        [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+                    ),
+                },
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Out of the terminal's reach: Ctrl-C is the coordinator's to answer.
+                start_new_session=True,
+            )
+            return LocalWorker(Channel(ours), process, path, log.tell())

@@ -1,0 +1,243 @@
+"""Warm workers: starts them, prepares them, hears them, replaces those that die.
+
+What they are given to do is the business of `coordinator.py` (trials) and `retrain.py` (winners).
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from search.devices import Device
+from search.engines.local import LocalEngine, LocalWorker
+from search.errors import SearchError
+from search.protocol import Message
+
+logger = logging.getLogger("search")
+
+# A worker that grew by this much since its first task is replaced by a fresh one: Keras and
+# TensorFlow keep some memory of every model they traced.
+MAX_GROWTH = 150 * 2**20  # bytes
+_MAX_FAILED_STARTS = 3  # workers in a row that die before they are ready
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end. Workers are ended, their trials can be continued.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"interrupted by signal {number}")
+        self.number = number
+
+
+@dataclass
+class Task:
+    """What a worker is busy with."""
+
+    trial: int
+    attempt: int
+    content: Message
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Slot:
+    """A place for one worker; workers come and go, the slot stays."""
+
+    index: int
+    device: Device
+    worker: LocalWorker | None = None
+    ready: bool = False
+    task: Task | None = None
+    rss: int = 0  # bytes, after the last task
+    rss_at_first: int = 0  # bytes, after the worker's first task
+    status: dict[str, Any] = field(default_factory=dict)  # for the terminal view
+
+
+@dataclass(frozen=True)
+class Event:
+    """A worker's message about its current task, or its death (`lost` says how)."""
+
+    slot: Slot
+    message: Message
+    lost: str | None = None
+    task: Task | None = None
+
+
+class Pool:
+    """The workers of one run.
+
+    Args:
+        engine: where they run.
+        devices: one for each slot.
+        opening: the `open` message that each worker gets first.
+    """
+
+    def __init__(self, engine: LocalEngine, devices: list[Device], opening: Message):
+        self.slots = [Slot(index, device) for index, device in enumerate(devices)]
+        self._engine = engine
+        self._opening = opening
+        self._preparation: Message | None = None
+        self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
+        self.interrupted = 0  # the number of the signal that asked the run to end
+        self.described: Message | None = None  # what the study says of itself
+        self.space: Message | None = None  # space and known points, from the first ready worker
+
+    def __enter__(self) -> Pool:
+        for slot in self.slots:
+            self._start(slot)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for slot in self.slots:
+            self._stop(slot)
+        self._selector.close()
+
+    def wait_for_description(self) -> Message:
+        """The study's own settings, as the first worker that has loaded it tells them."""
+        while self.described is None:
+            list(self.poll(1.0))
+        return self.described
+
+    def prepare(self, settings: Message) -> None:
+        """Tell every worker, now and later, what the run is; they answer when they are ready."""
+        self._preparation = {"type": "prepare", "settings": settings}
+        for slot in self.slots:
+            if slot.worker and slot.status.get("described"):
+                self._send(slot, self._preparation)
+
+    def wait_for_space(self) -> Message:
+        while self.space is None:
+            list(self.poll(1.0))
+        return self.space
+
+    def idle(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.ready and slot.task is None]
+
+    def busy(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.task is not None]
+
+    def give(self, slot: Slot, trial: int, attempt: int, content: Message) -> None:
+        """Start a task on an idle slot."""
+        slot.task = Task(trial, attempt, content)
+        self._send(slot, {"type": "start", "trial": trial, "attempt": attempt, **content})
+
+    def answer(self, slot: Slot, **content: Any) -> None:
+        if slot.task is not None:
+            stamp = {"trial": slot.task.trial, "attempt": slot.task.attempt}
+            self._send(slot, {"type": "answer", **stamp, **content})
+
+    def give_threads(self, slot: Slot, threads: int) -> None:
+        """Replace an idle slot's worker by one with so many threads (fixed when one starts)."""
+        if slot.device.threads == threads:
+            return
+        slot.device = Device(threads, slot.device.gpu)
+        self._restart(slot)
+
+    def poll(self, timeout: float) -> Iterator[Event]:
+        """What the workers have said by now; waits up to `timeout` seconds for the first word.
+
+        Raises:
+            SearchError: if the study can't be loaded, or workers keep dying before they are ready.
+            Interrupted: once a signal has come.
+        """
+        if self.interrupted:
+            raise Interrupted(self.interrupted)
+        for key, _ in self._selector.select(timeout):
+            slot: Slot = key.data
+            if slot.worker is None or slot.worker.channel is not key.fileobj:
+                continue
+            try:
+                messages = slot.worker.channel.receive()
+            except EOFError:
+                yield from self._lost(slot)
+                continue
+            for message in messages:
+                if event := self._hear(slot, message):
+                    yield event
+
+    def _hear(self, slot: Slot, message: Message) -> Event | None:
+        type_ = message["type"]
+        if type_ == "described":
+            slot.status["described"] = True
+            self.described = self.described or message
+            if self._preparation:
+                self._send(slot, self._preparation)
+            return None
+        if type_ == "ready":
+            slot.ready = True
+            slot.rss = message["rss"]
+            self._failed_starts = 0
+            self.space = self.space or message
+            return None
+        if type_ == "failed":
+            raise SearchError(message["message"], detail=message.get("traceback", ""))
+        task = slot.task
+        if task is None or (message["trial"], message["attempt"]) != (task.trial, task.attempt):
+            return None  # what an old attempt says
+        if type_ == "finished":
+            self._finish(slot, message)
+        return Event(slot, message, task=task)
+
+    def _finish(self, slot: Slot, message: Message) -> None:
+        slot.task = None
+        slot.rss = message["rss"]
+        slot.rss_at_first = slot.rss_at_first or slot.rss
+        slot.status = {"described": True}
+        if slot.rss - slot.rss_at_first > MAX_GROWTH:
+            logger.info(
+                "worker %d has grown by %d MB and is replaced",
+                slot.index,
+                (slot.rss - slot.rss_at_first) >> 20,
+            )
+            self._restart(slot)
+
+    def _lost(self, slot: Slot) -> Iterator[Event]:
+        worker, task, was_ready = slot.worker, slot.task, slot.ready
+        assert worker is not None
+        self._stop(slot)
+        how = worker.post_mortem()
+        if not was_ready:
+            self._failed_starts += 1
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            raise SearchError(
+                f"{self._failed_starts} workers in a row died before they were ready; the last "
+                f"{how.splitlines()[0]}, see {worker.log}",
+                detail=how,
+            )
+        logger.warning("worker %d (process %d) %s", slot.index, worker.pid, how.splitlines()[0])
+        self._start(slot)
+        if task:
+            yield Event(slot, {"type": "lost"}, lost=how, task=task)
+
+    def _restart(self, slot: Slot) -> None:
+        self._stop(slot)
+        self._start(slot)
+
+    def _start(self, slot: Slot) -> None:
+        slot.worker = self._engine.start(slot.device, slot.index)
+        slot.ready, slot.task, slot.rss, slot.rss_at_first, slot.status = False, None, 0, 0, {}
+        self._selector.register(slot.worker.channel, selectors.EVENT_READ, slot)
+        self._send(slot, self._opening)
+
+    def _stop(self, slot: Slot) -> None:
+        if slot.worker is None:
+            return
+        self._selector.unregister(slot.worker.channel)
+        slot.worker.kill()
+        slot.worker, slot.ready, slot.task = None, False, None
+
+    def _send(self, slot: Slot, message: Message) -> None:
+        assert slot.worker is not None
+        try:
+            slot.worker.channel.send(message)
+        except OSError:
+            pass  # it has died: the next poll reads that from its socket

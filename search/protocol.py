@@ -1,0 +1,170 @@
+"""What coordinator and worker say to each other: JSON lines over a socket pair.
+
+    coordinator                                   worker
+    open     study, options                  ->
+                                             <-   described  study's settings
+    prepare  settings                        ->
+                                             <-   ready      space, known points, devices
+    start    trial, attempt, task, ...       ->
+                                             <-   suggest    trial, attempt, kind, name, ...
+    answer   trial, attempt, value | error   ->
+                                             <-   report     trial, attempt, value, step, metrics
+    answer   trial, attempt, value (prune?)  ->
+                                             <-   progress   trial, attempt, ... (no answer)
+                                             <-   finished   trial, attempt, outcome, ...
+    exit                                     ->
+
+Every message about a task carries trial and attempt, so that what an old attempt says can be
+dropped. No pickle: a worker can make the coordinator do nothing but these. A closed socket is a
+death notice, in both directions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import queue
+import socket
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+Message = dict[str, Any]
+
+SUGGESTIONS = ("float", "int", "categorical")
+_CHUNK = 1 << 16  # bytes asked of the socket at a time
+
+
+class Channel:
+    """One end of the socket pair. The coordinator reads what is there, never waits."""
+
+    def __init__(self, sock: socket.socket):
+        self._socket = sock
+        self._unread = b""
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, message: Message) -> None:
+        """Raises OSError when the other side is gone, ValueError for NaN, which is not JSON."""
+        self._socket.sendall(json.dumps(message, allow_nan=False).encode() + b"\n")
+
+    def receive(self) -> list[Message]:
+        """The messages that one read completes (blocks only if nothing has arrived).
+
+        Raises:
+            EOFError: when the other side has closed or died.
+        """
+        try:
+            data = self._socket.recv(_CHUNK)
+        except ConnectionError as error:
+            raise EOFError from error
+        if not data:
+            raise EOFError
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class WorkerConnection:
+    """The worker's end: a thread reads, and ends the process the moment the coordinator dies."""
+
+    def __init__(self, channel: Channel):
+        self._channel = channel
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        try:
+            self._channel.send(message)
+        except OSError:
+            os._exit(0)
+
+    def receive(self) -> Message:
+        return self._inbox.get()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                for message in self._channel.receive():
+                    self._inbox.put(message)
+        except EOFError:
+            # Not sys.exit: the main thread may be deep in a training step and nobody is left to
+            # hear what it finds.
+            os._exit(0)
+
+
+class Diverged(Exception):
+    """A value that is not finite: it is never stored, the trial ends as `diverged`."""
+
+
+class RemoteTrial:
+    """Looks like an Optuna trial to the code in a worker; the coordinator does the work.
+
+    Args:
+        connection: to the coordinator.
+        number: the trial's number in the study, from 0.
+        attempt: which attempt at this trial this is, from 1.
+    """
+
+    def __init__(self, connection: WorkerConnection, number: int, attempt: int):
+        self.number = number
+        self.attempt = attempt
+        self.params: dict[str, Any] = {}
+        self._connection = connection
+        self._prune = False
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        return self._suggest(name, "float", {"low": low, "high": high, "step": step, "log": log})
+
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
+        return self._suggest(name, "int", {"low": low, "high": high, "step": step, "log": log})
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._suggest(name, "categorical", {"choices": list(choices)})
+
+    def report(
+        self, value: float, step: int, metrics: dict[str, float] | None = None, **progress: float
+    ) -> None:
+        """Store `value` at `step` (whole number from 0) and learn whether to go on.
+
+        Args:
+            metrics: more figures of this step, stored beside the value.
+            progress: figures for the terminal only, such as images_per_second.
+
+        Raises:
+            Diverged: if the value is not finite.
+        """
+        if not math.isfinite(value):
+            raise Diverged(f"the value reported at step {step} is {value}")
+        finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
+        self._prune = self._ask(
+            "report", value=float(value), step=int(step), metrics=finite, progress=progress
+        )
+
+    def should_prune(self) -> bool:
+        """The coordinator's answer to the last report."""
+        return self._prune
+
+    def set_user_attr(self, key: str, value: Any) -> None:
+        self._ask("attribute", key=key, value=value)
+
+    def _suggest(self, name: str, kind: str, arguments: dict[str, Any]) -> Any:
+        self.params[name] = self._ask("suggest", name=name, kind=kind, arguments=arguments)
+        return self.params[name]
+
+    def _ask(self, type_: str, **content: Any) -> Any:
+        self._connection.send(
+            {"type": type_, "trial": self.number, "attempt": self.attempt, **content}
+        )
+        answer = self._connection.receive()
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["value"]

@@ -1,0 +1,69 @@
+"""When to stop a trial: a pure function of the stored reports, the same answer however often asked.
+
+Optuna's SuccessiveHalvingPruner writes what it decides into the trial and answers differently when
+it is asked again after a crash; this one reads the reports and nothing else.
+"""
+
+from __future__ import annotations
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+
+class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
+    """Asynchronous successive halving (Li et al., 2020) on what is stored.
+
+    At rung k, after first_rung * reduction_factor**k reports, a trial goes on if its best value so
+    far is among the best 1/reduction_factor of all trials that have come as far (rounded down, but
+    at least one: the first to arrive always goes on).
+
+    Args:
+        first_rung: reports before the first decision, at least 1.
+        reduction_factor: one in so many goes on, at least 2.
+    """
+
+    def __init__(self, first_rung: int = 1, reduction_factor: int = 3):
+        if first_rung < 1 or reduction_factor < 2:
+            raise ValueError(
+                "`first_rung >= 1` and `reduction_factor >= 2` must hold. Received: "
+                f"first_rung={first_rung}, reduction_factor={reduction_factor}"
+            )
+        self._first_rung = first_rung
+        self._reduction_factor = reduction_factor
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        rung = trial.last_step
+        if rung is None or not self.is_rung(rung):
+            return False
+        maximise = study.direction == optuna.study.StudyDirection.MAXIMIZE
+        others = [
+            _best_until(other, rung, maximise)
+            for other in study.get_trials(deepcopy=False)
+            if other.number != trial.number
+            and other.state not in (TrialState.FAIL, TrialState.WAITING)
+            and rung in other.intermediate_values
+        ]
+        value = _best_until(trial, rung, maximise)
+        places = max(1, (len(others) + 1) // self._reduction_factor)
+        ahead = sum(other > value if maximise else other < value for other in others)
+        return ahead >= places
+
+    def is_rung(self, step: int) -> bool:
+        rung = self._first_rung
+        while rung < step:
+            rung *= self._reduction_factor
+        return rung == step
+
+
+def pruner(name: str, first_rung: int, reduction_factor: int) -> optuna.pruners.BasePruner:
+    """`asha`, `median` or `none`."""
+    if name == "none":
+        return optuna.pruners.NopPruner()
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_warmup_steps=first_rung)
+    return SuccessiveHalvingOfReports(first_rung, reduction_factor)
+
+
+def _best_until(trial: FrozenTrial, rung: int, maximise: bool) -> float:
+    values = [value for step, value in trial.intermediate_values.items() if step <= rung]
+    return max(values) if maximise else min(values)

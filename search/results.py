@@ -1,0 +1,87 @@
+"""A study as plain rows: what `show`, `export` and the pictures are made from. No plotting."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+
+class Row(NamedTuple):
+    """One trial."""
+
+    number: int
+    state: str  # complete, pruned, fail, running, waiting
+    value: float | None  # validation accuracy, fraction; of complete trials only
+    last_value: float | None  # of the last report
+    reports: int
+    seconds: float | None  # of the attempt that finished it
+    attempts: int
+    reason: str  # why it was pruned or failed
+    params: dict[str, Any]
+
+
+def rows(study: optuna.Study) -> list[Row]:
+    """All trials, the best first, then the others by how far they came."""
+    ranked = [trial.number for trial in winners(study, top=None)]
+    all_rows = [_row(trial) for trial in study.get_trials(deepcopy=False)]
+
+    def key(row: Row) -> tuple[float, ...]:
+        if row.number in ranked:
+            return (0, ranked.index(row.number))
+        return (1, -row.reports, -(row.last_value or 0.0), row.number)
+
+    return sorted(all_rows, key=key)
+
+
+def winners(study: optuna.Study, top: int | None) -> list[FrozenTrial]:
+    """The best `top` complete trials (all for None); of equals, the earlier one."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ranked = sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))
+    return ranked[:top]
+
+
+def best_step(trial: FrozenTrial) -> int:
+    """The report with the trial's best value, from 1; of equals, the earlier one."""
+    values = trial.intermediate_values
+    return max(values, key=lambda step: (values[step], -step))
+
+
+def saved_share(study: optuna.Study, num_reports: int) -> float:
+    """Share of the finished trials' reports that pruning saved, 0 to 1."""
+    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
+    if not finished or not num_reports:
+        return 0.0
+    return 1.0 - sum(t.last_step or 0 for t in finished) / (num_reports * len(finished))
+
+
+def search_seconds(study: optuna.Study) -> float:
+    """Time in which at least one trial was running, however often the search was interrupted."""
+    intervals = sorted(
+        (attempt["start"], attempt["end"])
+        for trial in study.get_trials(deepcopy=False)
+        for attempt in trial.user_attrs.get("attempts", [])
+        if "end" in attempt
+    )
+    total, reached = 0.0, 0.0
+    for start, end in intervals:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _row(trial: FrozenTrial) -> Row:
+    attrs = trial.user_attrs
+    last = trial.last_step
+    return Row(
+        number=trial.number,
+        state=trial.state.name.lower(),
+        value=trial.value if trial.state == TrialState.COMPLETE else None,
+        last_value=None if last is None else trial.intermediate_values[last],
+        reports=last or 0,
+        seconds=attrs.get("seconds"),
+        attempts=len(attrs.get("attempts", [])),
+        reason=attrs.get("reason", ""),
+        params=trial.params,
+    )

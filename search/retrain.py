@@ -1,0 +1,247 @@
+"""Winners, trained again on all training data with several seeds, then measured once on the test set.
+
+Every model is recorded in the study with its hash when it is complete, so that a run that was
+interrupted goes on with the ones that are missing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from search import artifacts, devices, results
+from search.errors import EXIT_NOTHING_USABLE, SearchError
+from search.pool import Event, Pool, Slot
+from search.progress import View
+from search.protocol import Message
+from search.sampling import seed_for
+from search.settings import Settings
+
+logger = logging.getLogger("search")
+
+# A worker with more threads costs a start of some ten seconds: only worth it for longer work.
+WORTH_A_START = 60  # seconds of training
+
+
+@dataclass
+class Job:
+    """One winner with one seed; `record` is what the study holds of it."""
+
+    trial: FrozenTrial
+    index: int  # of the seed, from 0
+    record: dict[str, Any]
+
+    @property
+    def stem(self) -> str:
+        return f"trial-{self.trial.number}-seed-{self.index}"
+
+    @property
+    def key(self) -> str:
+        return f"retrained:{self.stem}"
+
+
+class Retraining:
+    """All winners of a run.
+
+    Args:
+        study: opened by this process alone.
+        settings: of the run.
+        num_reports: of a whole trial of the search.
+        folder: of the run; models and evaluations go below it.
+        view: shows what happens.
+    """
+
+    def __init__(
+        self, study: optuna.Study, settings: Settings, num_reports: int, folder: Path, view: View
+    ):
+        winners = results.winners(study, settings.top)
+        if not winners:
+            raise SearchError(
+                f"no trial of {settings.name!r} is complete: nothing can be retrained. "
+                "`fmnist-search show` says why; more --trials or another space may help",
+                exit_code=EXIT_NOTHING_USABLE,
+            )
+        self._study = study
+        self._settings = settings
+        self._images_per_epoch = num_reports * settings.images_per_report / settings.epochs
+        self._folder = folder
+        self._view = view
+        stored = study.user_attrs
+        self.jobs = []
+        for trial in winners:
+            length = _length(trial, settings, num_reports)
+            for index in range(settings.seeds):
+                job = Job(trial, index, {})
+                record = stored.get(job.key, {})
+                same = all(record.get(name) == value for name, value in length.items())
+                job.record = record if same else dict(length)
+                self.jobs.append(job)
+
+    def is_done(self) -> bool:
+        return not self._untrained() and not self._unmeasured()
+
+    def run(self, pool: Pool) -> None:
+        """Train what is missing, then measure what is missing.
+
+        Raises:
+            SearchError: if a job fails, or keeps losing its worker.
+        """
+        untrained = self._untrained()
+        self._view.begin("retraining", len(untrained))
+        for wave in _waves(untrained, len(pool.slots)):
+            self._widen(pool, wave)
+            self._do(pool, wave, self._training, self._trained)
+        unmeasured = self._unmeasured()
+        self._view.begin("measuring on the test set", len(unmeasured))
+        self._do(pool, unmeasured, self._evaluation, self._measured)
+
+    def _untrained(self) -> list[Job]:
+        return [
+            job
+            for job in self.jobs
+            if "diverged" not in job.record and not self._intact(job, "model", "model_sha256")
+        ]
+
+    def _unmeasured(self) -> list[Job]:
+        return [
+            job
+            for job in self.jobs
+            if "diverged" not in job.record
+            and not self._intact(job, "evaluation", "evaluation_sha256")
+        ]
+
+    def _intact(self, job: Job, name: str, hash_name: str) -> bool:
+        if name not in job.record:
+            return False
+        path = self._folder / job.record[name]
+        intact = path.is_file() and artifacts.sha256(path) == job.record[hash_name]
+        if not intact:
+            logger.warning("%s is missing or not what was written; it is made again", path)
+        return intact
+
+    def _widen(self, pool: Pool, wave: list[Job]) -> None:
+        """Where there are fewer jobs than slots, each gets more of the cores."""
+        if any(slot.device.gpu is not None for slot in pool.slots):
+            return
+        threads = max(1, devices.cores() // len(wave))
+        speed = wave[0].trial.user_attrs.get("images_per_second", 1.0)
+        images = wave[0].record["epochs"] * wave[0].record["share"] * self._images_per_epoch
+        for slot in pool.slots[: len(wave)]:
+            if images / speed > WORTH_A_START:
+                pool.give_threads(slot, threads)
+
+    def _do(self, pool: Pool, jobs: list[Job], order: Any, store: Any) -> None:
+        """Give each job to a worker until all have finished."""
+        waiting, running = deque(jobs), dict[int, Job]()
+        attempts = dict.fromkeys((job.key for job in jobs), 0)
+        slots = pool.slots[: len(jobs)]
+        while waiting or running:
+            for slot in [slot for slot in pool.idle() if slot in slots and waiting]:
+                job = waiting.popleft()
+                attempts[job.key] += 1
+                running[slot.index] = job
+                pool.give(slot, job.trial.number, attempts[job.key], order(job))
+                slot.status |= {"what": job.stem}
+            for event in pool.poll(0.25):
+                self._handle(event, running, waiting, attempts, store)
+            self._view.refresh(pool.slots)
+
+    def _handle(
+        self,
+        event: Event,
+        running: dict[int, Job],
+        waiting: deque[Job],
+        attempts: dict[str, int],
+        store: Any,
+    ) -> None:
+        slot, message = event.slot, event.message
+        job = running.get(slot.index)
+        if job is None:
+            return
+        if event.lost is not None:
+            del running[slot.index]
+            if attempts[job.key] >= self._settings.max_attempts:
+                raise SearchError(
+                    f"{job.stem} lost its worker {attempts[job.key]} times "
+                    f"({event.lost.splitlines()[0]}); the same command tries again",
+                    detail=event.lost,
+                )
+            waiting.appendleft(job)
+        elif message["type"] == "progress":
+            _show(slot, message)
+        elif message["type"] == "finished":
+            del running[slot.index]
+            if message["outcome"] not in ("complete", "diverged"):
+                raise SearchError(
+                    f"{job.stem} failed: {message['reason']}", detail=message.get("traceback", "")
+                )
+            store(job, message)
+            self._study.set_user_attr(job.key, job.record)
+            self._view.finished("complete", job.trial.number, None, 0)
+
+    def _training(self, job: Job) -> Message:
+        return {
+            "task": "retrain",
+            "params": job.trial.params,
+            "seed": seed_for(self._settings.seed, "winner", job.trial.number, job.index),
+            "epochs": job.record["epochs"],
+            "share": job.record["share"],
+            "path": str(self._folder / "models" / f"{job.stem}.keras"),
+        }
+
+    def _trained(self, job: Job, message: Message) -> None:
+        if message["outcome"] == "diverged":
+            job.record["diverged"] = message["reason"]
+            logger.warning("%s diverged: %s", job.stem, message["reason"])
+            return
+        for name in ("evaluation", "evaluation_sha256"):  # they were another model's
+            job.record.pop(name, None)
+        job.record |= {
+            "model": f"models/{job.stem}.keras",
+            "model_sha256": message["sha256"],
+            "seed": seed_for(self._settings.seed, "winner", job.trial.number, job.index),
+            "trained_epochs": message["epochs"],
+            "parameters": message["parameters"],
+            "history": message["history"],
+        }
+        logger.info("%s retrained for %.1f epochs", job.stem, message["epochs"])
+
+    def _evaluation(self, job: Job) -> Message:
+        return {
+            "task": "evaluate",
+            "model": str(self._folder / job.record["model"]),
+            "path": str(self._folder / "evaluation" / f"{job.stem}.npz"),
+            "history": job.record["history"],
+        }
+
+    def _measured(self, job: Job, message: Message) -> None:
+        job.record |= {
+            "evaluation": f"evaluation/{job.stem}.npz",
+            "evaluation_sha256": message["sha256"],
+        }
+        logger.info("%s measured on the test set", job.stem)
+
+
+def _length(trial: FrozenTrial, settings: Settings, num_reports: int) -> dict[str, float]:
+    """How long to train: the schedule's length in epochs, and the share of it that is trained."""
+    if settings.final_epochs is not None:
+        return {"epochs": settings.final_epochs, "share": 1.0}
+    return {"epochs": settings.epochs, "share": results.best_step(trial) / num_reports}
+
+
+def _waves(jobs: list[Job], size: int) -> list[list[Job]]:
+    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
+
+
+def _show(slot: Slot, message: Message) -> None:
+    slot.status |= {
+        name: message[name]
+        for name in ("step", "of", "accuracy", "images_per_second")
+        if name in message
+    }

@@ -1,0 +1,261 @@
+"""The whole journey: data, search, winners, figures. Each step goes on where it was left.
+
+    outcome = run("cnn", Path("runs/cnn"), {"trials": 100})
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search import artifacts, catalogue, datasets, devices, export, results, storage
+from search.coordinator import Coordinator
+from search.engines.local import LocalEngine
+from search.errors import SearchError
+from search.pool import Pool
+from search.progress import View
+from search.retrain import Retraining
+from search.settings import Settings, refuse_another_space, refuse_differences, resolve
+
+logger = logging.getLogger("search")
+
+# Models, predictions and the study of a usual run; less is refused before the first trial.
+NEEDED_BYTES = 200 * 2**20
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to."""
+
+    folder: Path
+    url: str
+    settings: Settings
+    num_finished: int
+    metrics: dict[str, Any] | None  # None where nothing was retrained
+
+
+def run(
+    reference: str, folder: Path, options: dict[str, Any], view: View, *, final: bool = True
+) -> Outcome:
+    """Search a study and test its winners, or go on with what is there.
+
+    Args:
+        reference: a study's name, or the path of its file.
+        folder: of the run; made where missing.
+        options: of `Settings`, where not None; also workers, storage, and search (False: start no
+            trial, retrain only).
+        view: shows what happens.
+        final: retrain and test the winners.
+
+    Raises:
+        SearchError: for what the user can mend.
+        Interrupted: after a signal; all that was said is stored.
+    """
+    entry = catalogue.find(reference)
+    url = storage.url_in(folder, options.get("storage"))
+    _check_folder(folder)
+    with storage.lock(folder / LOCK), storage.lock(storage.lock_beside(url, entry.name)):
+        return _Journey(entry, folder, url, options, view, final).go()
+
+
+class _Journey:
+    """One run, holding the locks."""
+
+    def __init__(
+        self,
+        entry: catalogue.Entry,
+        folder: Path,
+        url: str,
+        options: dict[str, Any],
+        view: View,
+        final: bool,
+    ):
+        self._entry = entry
+        self._folder = folder
+        self._options = options
+        self._view = view
+        self._final = final
+        self._url = url
+        view.log_to(folder / "search.log")
+        self._study = storage.open_study(url, entry.name)
+
+    def go(self) -> Outcome:
+        devices_ = devices.share_out(str(self._options.get("workers") or "auto"))
+        if outcome := self._already_done():
+            return outcome
+        artifacts.remove_partials(self._folder)
+        opening = {"type": "open", "file": str(self._entry.file)}
+        pool = Pool(LocalEngine(self._folder / "logs"), devices_, opening)
+        with _signals(pool), pool:
+            settings = self._begin(pool)
+            self._search(pool, settings)
+            if not self._final or settings.kind == "objective":
+                return self._outcome(settings, None)
+            self._retraining(settings).run(pool)
+        return self._outcome(settings, self._write(settings))
+
+    def _already_done(self) -> Outcome | None:
+        """The outcome, without starting a worker, where nothing is left to do."""
+        run = self._study.user_attrs.get("run")
+        if run is None or run["file_sha256"] != artifacts.sha256(self._entry.file):
+            return None
+        settings = self._settings(run["described"])
+        if self._num_finished() < settings.trials:
+            return None
+        if not self._final or settings.kind == "objective":
+            return self._outcome(settings, None)
+        stored = self._study.user_attrs.get("artifacts", {})
+        intact = all(
+            (self._folder / name).is_file() and artifacts.sha256(self._folder / name) == sha256
+            for name, sha256 in stored.items()
+        )
+        retraining = self._retraining(settings)
+        wanted = [job.stem for job in retraining.jobs]
+        if not (stored and intact and retraining.is_done()):
+            return None
+        if self._study.user_attrs.get("measured") != wanted:
+            return None
+        return self._outcome(settings, json.loads((self._folder / "metrics.json").read_text()))
+
+    def _begin(self, pool: Pool) -> Settings:
+        """Check that it is the study that it was, fetch the data; nothing is written before."""
+        described = pool.wait_for_description()
+        if described["name"] != self._entry.name:
+            raise SearchError(
+                f"{self._entry.file} names its study {described['name']!r} when it runs and "
+                f"{self._entry.name!r} as written; write the name out"
+            )
+        settings = self._settings(described)
+        dataset_sha256 = datasets.ensure(settings.dataset) if settings.kind == "space" else ""
+        pool.prepare(dataclasses.asdict(settings))
+        self._view.refresh(pool.slots)
+        ready = pool.wait_for_space()
+        run = self._study.user_attrs.get("run")
+        if run is not None:
+            self._refuse_another(run["space"], ready["space"], run["dataset_sha256"], dataset_sha256)
+        self._study.set_user_attr(
+            "run",
+            {
+                "described": described,
+                "fixed": settings.fixed(),
+                "space": ready["space"],
+                "known_points": ready["known_points"],
+                "num_reports": ready["num_reports"],
+                "dataset_sha256": dataset_sha256,
+                "file_sha256": artifacts.sha256(self._entry.file),
+            },
+        )
+        logger.info(
+            "study %s: %d trials, %s, %d workers%s",
+            settings.name,
+            settings.trials,
+            settings.dataset if dataset_sha256 else "own objective",
+            len(pool.slots),
+            f", {ready['precision']}" if ready["precision"] else "",
+        )
+        _warn_of_unseen_gpus(pool, ready)
+        return settings
+
+    def _settings(self, described: dict[str, Any]) -> Settings:
+        settings = resolve(described, str(self._entry.file), self._options)
+        if run := self._study.user_attrs.get("run"):
+            refuse_differences(
+                run["fixed"], settings.fixed(), settings.name, str(self._folder)
+            )
+        if self._options.get("search") is False:
+            settings = dataclasses.replace(settings, trials=max(1, self._num_finished()))
+        return settings
+
+    def _refuse_another(
+        self, space: list[Any], now: list[Any], sha256: str, sha256_now: str
+    ) -> None:
+        refuse_another_space(space, now, self._entry.name, str(self._folder))
+        refuse_differences(
+            {"data": sha256}, {"data": sha256_now}, self._entry.name, str(self._folder)
+        )
+
+    def _search(self, pool: Pool, settings: Settings) -> None:
+        run = self._study.user_attrs["run"]
+        num_reports = run["num_reports"]
+        self._view.begin("searching", settings.trials, num_reports)
+        for row in results.rows(self._study):
+            if row.state in ("complete", "pruned", "fail"):
+                self._view.finished_before(row.state, row.number, row.value, row.reports)
+        Coordinator(self._study, settings, run["known_points"], self._view).search(pool)
+
+    def _retraining(self, settings: Settings) -> Retraining:
+        num_reports = self._study.user_attrs["run"]["num_reports"]
+        return Retraining(self._study, settings, num_reports, self._folder, self._view)
+
+    def _write(self, settings: Settings) -> dict[str, Any]:
+        num_reports = self._study.user_attrs["run"]["num_reports"]
+        jobs = self._retraining(settings).jobs
+        figures = export.metrics(self._study, settings, num_reports, jobs, self._folder)
+        written = export.write(figures, settings, self._folder)
+        self._study.set_user_attr(
+            "artifacts",
+            {str(path.relative_to(self._folder)): artifacts.sha256(path) for path in written},
+        )
+        self._study.set_user_attr("measured", [job.stem for job in jobs])
+        return figures
+
+    def _num_finished(self) -> int:
+        return sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
+
+    def _outcome(self, settings: Settings, figures: dict[str, Any] | None) -> Outcome:
+        return Outcome(self._folder, self._url, settings, self._num_finished(), figures)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises SearchError if the run can't be kept in `folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise SearchError(
+            f"--out {folder} can't be written: {error.strerror}; make it writable or take another"
+        ) from None
+    if free < NEEDED_BYTES:
+        raise SearchError(
+            f"--out {folder} has {free >> 20} MB free, a run needs about {NEEDED_BYTES >> 20} MB; "
+            "free some or take another"
+        )
+
+
+def _warn_of_unseen_gpus(pool: Pool, ready: dict[str, Any]) -> None:
+    if pool.slots[0].device.gpu is not None and ready["precision"] and not ready["gpus"]:
+        logger.warning(
+            "this machine has a GPU that Keras does not see, so the search runs on cores; "
+            "install with: pip install '.[cuda]'"
+        )
+
+
+@contextmanager
+def _signals(pool: Pool) -> Iterator[None]:
+    """The first SIGINT, SIGTERM or SIGHUP ends the run in good order, the second at once."""
+
+    def handle(number: int, _frame: object) -> None:
+        if pool.interrupted:
+            os._exit(128 + number)
+        pool.interrupted = number
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,66 @@
+"""Which point next: a sampler made anew for each trial, seeded from the study's seed and its number.
+
+The same point comes out however often the coordinator was restarted, given the same history; a
+seeded sampler that lived as long as its process would repeat its first points at each start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Any
+
+import optuna
+
+# Share of the trials that TPE draws at random before it models anything.
+STARTUP_TRIALS = 12
+
+
+def seed_for(*parts: int | str) -> int:
+    """A seed of 31 bits from what names it: (study seed, trial number, purpose)."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4]) >> 1
+
+
+def sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """`tpe`, `random` or `qmc`, all of which unpickle nothing that they find in a study."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if name == "qmc":
+            return optuna.samplers.QMCSampler(
+                seed=seed, scramble=True, warn_independent_sampling=False
+            )
+        # group: hyperparameters that exist only together are sampled jointly.
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=STARTUP_TRIALS,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+        )
+
+
+class TrialSampling:
+    """The suggestions of one trial, the same whether it is asked in one go or after a crash.
+
+    What a lost coordinator had suggested is read from the storage. What it had not is drawn from a
+    generator of its own name, not from one that earlier draws have moved on.
+    """
+
+    def __init__(self, study: optuna.Study, trial_id: int, name: str, seed: int):
+        self._study = study
+        self._name = name
+        self._seed = seed
+        self.trial = optuna.trial.Trial(study, trial_id)
+        # A quasi-random sequence is one only if all trials share its seed.
+        joint = seed if name == "qmc" else seed_for(seed, self.trial.number)
+        if "fixed_params" not in study._storage.get_trial(trial_id).system_attrs:
+            study.sampler = sampler(name, joint)
+            _ = self.trial.relative_params  # draws the joint part now, and keeps it
+
+    def suggest(self, kind: str, name: str, arguments: dict[str, Any]) -> Any:
+        """Raises ValueError if the range is none, or not the one the trial has stored."""
+        self._study.sampler = sampler(self._name, seed_for(self._seed, self.trial.number, name))
+        return getattr(self.trial, f"suggest_{kind}")(name, **arguments)

@@ -1,0 +1,97 @@
+"""What a run is: the study's own fields, with what the command line says in their place."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from search.errors import EXIT_USAGE, SearchError
+from search.protocol import Message
+
+# Another value of one of these is another question: a study keeps the one it began with.
+FIXED = ("dataset", "epochs", "images_per_report", "batch_size", "seed", "kind")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One run, as coordinator and workers know it; all plain values."""
+
+    name: str
+    file: str  # of the study
+    kind: str  # "space" or "objective"
+    dataset: str
+    epochs: float
+    final_epochs: float | None
+    images_per_report: int
+    batch_size: int
+    trials: int
+    sampler: str
+    pruner: str
+    first_rung: int
+    reduction_factor: int
+    seed: int = 0
+    max_attempts: int = 3
+    precision: str = "auto"
+    time_budget: float | None = None  # seconds, for the search
+    top: int = 1
+    seeds: int = 3
+
+    def fixed(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIXED}
+
+
+def resolve(described: Message, file: str, options: dict[str, Any]) -> Settings:
+    """Options (those given) over what the study says of itself."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    own = {name: value for name, value in described.items() if name in known}
+    given = {name: value for name, value in options.items() if name in known and value is not None}
+    return Settings(**{**own, "file": file, **given})
+
+
+def refuse_differences(stored: dict[str, Any], now: dict[str, Any], study: str, out: str) -> None:
+    """Raises SearchError if a continued study would answer another question; says what differs."""
+    differing = [
+        f"{name} was {stored[name]!r} and is now {now[name]!r}"
+        for name in now
+        if name in stored and stored[name] != now[name]
+    ]
+    if differing:
+        raise SearchError(
+            f"{out} holds a study {study!r} of another kind: {'; '.join(differing)}. Give the "
+            "values it began with, or another --out",
+            exit_code=EXIT_USAGE,
+        )
+
+
+def refuse_another_space(
+    stored: list[dict[str, Any]], now: list[dict[str, Any]], study: str, out: str
+) -> None:
+    """The same for the space's hyperparameters: names, kinds, ranges, conditions."""
+    before, after = _by_name(stored), _by_name(now)
+    differing = [f"{name} is new" for name in after.keys() - before.keys()]
+    differing += [f"{name} is gone" for name in before.keys() - after.keys()]
+    differing += [
+        f"{name} was {_range(before[name])} and is now {_range(after[name])}"
+        for name in before.keys() & after.keys()
+        if before[name] != after[name]
+    ]
+    if differing:
+        raise SearchError(
+            f"{out} holds a study {study!r} with another space: {'; '.join(sorted(differing))}. "
+            "Put the space back as it was, or take another --out",
+            exit_code=EXIT_USAGE,
+        )
+
+
+def _by_name(space: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    named: dict[str, list[dict[str, Any]]] = {}
+    for hyperparameter in space:
+        named.setdefault(hyperparameter["name"], []).append(hyperparameter)
+    return named
+
+
+def _range(described: list[dict[str, Any]]) -> str:
+    return " or ".join(
+        str({name: value for name, value in one.items() if name != "name"}) for one in described
+    )

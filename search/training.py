@@ -1,0 +1,200 @@
+"""One training, from a compiled model to its history: short reports instead of long epochs.
+
+A report is a Keras epoch of `images_per_report` images, so that every Keras callback works at the
+finer grain, a bad trial ends after a fraction of an epoch, and equal steps mean equal images.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from search import backend
+from search.protocol import RemoteTrial
+
+MONITOR = "val_accuracy"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a training lasts and in which order it sees its images."""
+
+    num_images: int  # in the training set
+    images_per_report: int
+    num_reports: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_report(self) -> int:
+        return max(1, self.images_per_report // self.batch_size)
+
+    @property
+    def reports_per_epoch(self) -> float:
+        return self.num_images / self.images_per_report
+
+    def order(self) -> np.ndarray:
+        """Positions of the images to come, (steps * batch_size,) int32.
+
+        Epoch after epoch, each a permutation by (seed, epoch): any place in it can be found again.
+        """
+        length = self.num_reports * self.steps_per_report * self.batch_size
+        epochs = range(math.ceil(length / self.num_images))
+        permutations = [
+            np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+            for epoch in epochs
+        ]
+        return np.concatenate(permutations)[:length].astype(np.int32)
+
+
+def train(
+    model: keras.Model,
+    train_data: tuple[np.ndarray, np.ndarray],
+    plan: Plan,
+    *,
+    validation_data: tuple[np.ndarray, np.ndarray] | None,
+    callbacks: Sequence[keras.callbacks.Callback],
+) -> dict[str, list[float]]:
+    """Train a compiled model.
+
+    Args:
+        train_data: (n, height, width, channels) uint8 and (n,) class numbers.
+        validation_data: the same, measured at each report; None for none.
+        callbacks: patience and cooldown in epochs; converted to reports here.
+
+    Returns:
+        Keras's history: one value a report for each of loss, accuracy, val_loss, val_accuracy.
+    """
+    for callback in callbacks:
+        _count_in_reports(callback, plan.reports_per_epoch, has_validation=validation_data is not None)
+    history = model.fit(
+        backend.training_batches(
+            train_data[0], as_loss_wants(model, train_data[1]), plan.order(), plan.batch_size
+        ),
+        epochs=plan.num_reports,
+        steps_per_epoch=plan.steps_per_report,
+        validation_data=_validation(model, validation_data),
+        callbacks=list(callbacks),
+        verbose=0,
+    )
+    return {name: [float(v) for v in values] for name, values in history.history.items()}
+
+
+def accuracy(model: keras.Model, data: tuple[np.ndarray, np.ndarray]) -> float:
+    """Fraction of images that the model classifies as labelled."""
+    figures = model.evaluate(_validation(model, data), verbose=0, return_dict=True)
+    return float(figures[MONITOR.removeprefix("val_")])
+
+
+def as_loss_wants(model: keras.Model, y: np.ndarray) -> np.ndarray:
+    """Labels as the compiled loss takes them: one-hot for categorical cross-entropy.
+
+    Args:
+        y: (n,) class numbers.
+
+    Returns:
+        (n, classes) float32, or y itself.
+    """
+    loss = model.loss
+    name = loss if isinstance(loss, str) else getattr(loss, "name", type(loss).__name__)
+    if name != "categorical_crossentropy":
+        return y
+    return np.eye(model.output_shape[-1], dtype=np.float32)[y]
+
+
+class Report(keras.callbacks.Callback):
+    """Tells a trial each report's figures, and stops the training where the trial says so.
+
+    Stops through `model.stop_training`, since an exception raised in a callback would skip
+    `on_train_end` of all of them.
+
+    Args:
+        trial: receives `monitor` at steps 1, 2, ... and answers `should_prune`.
+        images: seen between two reports, for the speed.
+    """
+
+    def __init__(self, trial: RemoteTrial | Any, images: int, monitor: str = MONITOR):
+        super().__init__()
+        self.pruned = False
+        self.diverged = ""
+        self.training_seconds = 0.0
+        self.validation_seconds = 0.0
+        self._trial = trial
+        self._images = images
+        self._monitor = monitor
+        self._began = self._tested = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._began = time.monotonic()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._tested = time.monotonic()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        now = time.monotonic()
+        self.training_seconds += self._tested - self._began
+        self.validation_seconds += now - self._tested
+        figures = dict(logs or {})
+        step = epoch + 1
+        unsound = [name for name, value in figures.items() if not math.isfinite(value)]
+        if unsound:
+            self.diverged = f"{unsound[0]} was {figures[unsound[0]]} at report {step}"
+            self.model.stop_training = True
+            return
+        self._trial.report(
+            figures[self._monitor],
+            step,
+            metrics=figures,
+            images_per_second=self._images / max(1e-9, self._tested - self._began),
+            training_seconds=self.training_seconds,
+            validation_seconds=self.validation_seconds,
+        )
+        if self._trial.should_prune():
+            self.pruned = True
+            self.model.stop_training = True
+
+
+class Progress(keras.callbacks.Callback):
+    """Tells how far a training without validation has come."""
+
+    def __init__(self, tell: Any, plan: Plan):
+        super().__init__()
+        self._tell = tell
+        self._plan = plan
+        self._began = 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._began = time.monotonic()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._tell(
+            step=epoch + 1,
+            of=self._plan.num_reports,
+            accuracy=float((logs or {}).get("accuracy", 0.0)),
+            images_per_second=self._plan.images_per_report / (time.monotonic() - self._began),
+        )
+
+
+def _validation(model: keras.Model, data: tuple[np.ndarray, np.ndarray] | None) -> Any:
+    if data is None:
+        return None
+    return backend.validation_batches(data[0], as_loss_wants(model, data[1]))
+
+
+def _count_in_reports(
+    callback: keras.callbacks.Callback, reports_per_epoch: float, *, has_validation: bool
+) -> None:
+    for name in ("patience", "cooldown"):
+        if epochs := getattr(callback, name, 0):
+            setattr(callback, name, max(1, round(epochs * reports_per_epoch)))
+    monitor = getattr(callback, "monitor", None)
+    if not has_validation and isinstance(monitor, str):
+        # A winner trains on all data: what a callback watched on the validation part, it now
+        # watches on the training part.
+        callback.monitor = monitor.removeprefix("val_")

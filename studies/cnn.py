@@ -1,0 +1,57 @@
+"""Which convolutional network is best on Fashion-MNIST, at a few minutes of training each?
+
+Goal:
+    The convolutional network with the highest validation accuracy after 20 epochs, found by
+    trials of at most 5.
+Scientific:
+    The architecture: blocks, convolutions, filters and their growth, first kernel, padding,
+    pooling, activation, batch normalisation, what turns maps into a vector, dense units.
+Nuisance:
+    Optimizer, its learning rate, weight decay and momentum, schedule, batch size, dropout, label
+    smoothing and augmentation: the best of these differ from one architecture to the next.
+Fixed:
+    Data and its split, images in a training, 3x3 kernels after the first convolution, the order
+    convolution, batch normalisation, activation.
+"""
+
+from spaces.cnn import CNN
+from studies.study import Study
+
+# Published networks, as points of the space: what they do not say is off, or Keras's default (Adam
+# at 1e-3, which is the space's default as well).
+PUBLISHED = {
+    "convs_per_block": 1,
+    "dense_units": 128,
+    "flip": False,
+    "shift": 0,
+    "optimizer": "adam",
+    "schedule": "constant",
+}
+OVERFIT_CNN = PUBLISHED | {
+    "padding": "valid",
+    "last_block_pools": False,
+    "batch_norm": False,
+    "conv_dropout": 0.0,
+    "dense_dropout": 0.0,
+}
+REGULARISED_CNN = OVERFIT_CNN | {"conv_dropout": 0.25, "dense_dropout": 0.5}
+DROPOUT_CNN = PUBLISHED | {
+    "padding": "valid",
+    "num_blocks": 2,
+    "batch_norm": False,
+    "conv_dropout": 0.25,
+    "dense_dropout": 0.5,
+}
+# Not published to the last layer: "several convolutions, each with batch normalisation, max
+# pooling and dropout".
+BATCHNORM_CNN = PUBLISHED | {"conv_dropout": 0.25, "dense_dropout": 0.5}
+PLATEAU_CNN = BATCHNORM_CNN | {"schedule": "plateau"}
+
+study = Study(
+    name="cnn",
+    space=CNN,
+    trials=100,
+    epochs=5,
+    final_epochs=20,
+    known_points=({}, DROPOUT_CNN, BATCHNORM_CNN),
+)

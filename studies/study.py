@@ -1,0 +1,75 @@
+"""What a study says: a frozen dataclass that each file of this folder (or one of yours) fills in.
+
+    study = Study(name="mine", space=MyHyperModel, epochs=5)
+
+The docstring of the file has four headings: Goal, Scientific (what is compared), Nuisance (what is
+tuned so that the comparison is fair), Fixed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# Also the name of a folder and of an Optuna study: nothing that a shell or a path could misread.
+NAME_RULE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+SAMPLERS = ("tpe", "random", "qmc")
+PRUNERS = ("asha", "median", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One question and all that is needed to answer it.
+
+    Raises:
+        ValueError: if a field is outside its rule; the message gives the rule and the value.
+    """
+
+    name: str
+    # A HyperModel (class or instance) or a function build(hp). A class is called with those of
+    # input_shape, num_classes and total_images (images seen in a whole training) that it takes.
+    space: Any = None
+    # Instead of a space: a function of an Optuna trial that returns the value to maximise. It may
+    # report and prune as under Optuna; nothing is retrained afterwards.
+    objective: Callable[[Any], float] | None = None
+    dataset: str = "fashion_mnist"
+    trials: int = 100
+    epochs: float = 5  # passes over the training part, at most, for one trial
+    final_epochs: float | None = None  # of a winner's retraining; None: as many as served it best
+    images_per_report: int = 12_800  # a multiple of every batch size up to 512
+    batch_size: int = 128  # where the space has no hyperparameter of that name
+    sampler: str = "tpe"
+    pruner: str = "asha"
+    first_rung: int = 1  # reports before a trial can be pruned
+    reduction_factor: int = 3  # one trial in so many passes a rung
+    known_points: tuple[dict[str, Any], ...] = ()  # tried first; the space's defaults fill gaps
+
+    def __post_init__(self) -> None:
+        if not NAME_RULE.fullmatch(self.name):
+            raise ValueError(
+                f"A study's name is 1 to 64 of A-Z a-z 0-9 . _ - without a leading dot. "
+                f"Received: name={self.name!r}"
+            )
+        if (self.space is None) == (self.objective is None):
+            raise ValueError(
+                "A study has either a space or an objective. "
+                f"Received: space={self.space!r}, objective={self.objective!r}"
+            )
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is one of {SAMPLERS}. Received: {self.sampler!r}")
+        if self.pruner not in PRUNERS:
+            raise ValueError(f"pruner is one of {PRUNERS}. Received: {self.pruner!r}")
+        for field in ("trials", "images_per_report", "batch_size", "first_rung"):
+            if not isinstance(value := getattr(self, field), int) or value < 1:
+                raise ValueError(f"{field} is a whole number of at least 1. Received: {value!r}")
+        if self.reduction_factor < 2:
+            raise ValueError(f"reduction_factor is at least 2. Received: {self.reduction_factor!r}")
+        for field in ("epochs", "final_epochs"):
+            value = getattr(self, field)
+            if field == "final_epochs" and value is None:
+                continue
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{field} is a number above 0. Received: {value!r}")

@@ -1,0 +1,98 @@
+import ast
+
+import keras
+import keras_tuner
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.utils import shuffle
+
+from spaces.cnn import CNN
+from studies import cnn, quickstart
+from studies.study import Study
+
+KNOWN = [
+    pytest.param(file.study, point, id=f"{file.study.name}-{number}")
+    for file, others in [
+        (cnn, (cnn.OVERFIT_CNN, cnn.REGULARISED_CNN, cnn.PLATEAU_CNN)),
+        (quickstart, ()),
+    ]
+    for number, point in enumerate([*file.study.known_points, *others])
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": ""}, r"name is 1 to 64 .*Received: name=''"),
+        ({"name": "../up"}, r"name is 1 to 64 .*Received: name='../up'"),
+        ({"name": ".hidden"}, r"without a leading dot. Received: name='.hidden'"),
+        ({"name": "x" * 65}, r"name is 1 to 64"),
+        ({"space": None}, r"either a space or an objective. Received: space=None, objective=None"),
+        ({"objective": max}, r"either a space or an objective. .*objective=<built-in"),
+        ({"sampler": "grid"}, r"sampler is one of \('tpe', .*Received: 'grid'"),
+        ({"pruner": "hyperband"}, r"pruner is one of \('asha', .*Received: 'hyperband'"),
+        ({"trials": 0}, r"trials is a whole number of at least 1. Received: 0"),
+        ({"images_per_report": 12.8}, r"images_per_report is a whole number .*Received: 12.8"),
+        ({"batch_size": -1}, r"batch_size is a whole number of at least 1. Received: -1"),
+        ({"first_rung": 0}, r"first_rung is a whole number of at least 1. Received: 0"),
+        ({"reduction_factor": 1}, r"reduction_factor is at least 2. Received: 1"),
+        ({"epochs": 0}, r"^epochs is a number above 0. Received: 0"),
+        ({"epochs": float("nan")}, r"^epochs is a number above 0. Received: nan"),
+        ({"final_epochs": float("inf")}, r"final_epochs is a number above 0. Received: inf"),
+    ],
+)
+def test_a_field_outside_its_rule_is_refused_with_its_value(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Study(**({"name": "mine", "space": CNN} | fields))
+
+
+@pytest.mark.parametrize("fields", [{"epochs": 0.5}, {"final_epochs": None}, {"name": "a-b_c.1"}])
+def test_what_the_rules_allow(fields):
+    study = Study(**({"name": "mine", "space": CNN} | fields))
+    assert getattr(study, *fields) == next(iter(fields.values()))
+
+
+@pytest.mark.parametrize("file", [cnn, quickstart])
+def test_a_study_file_says_what_it_asks(file):
+    with open(file.__file__) as source:
+        docstring = ast.get_docstring(ast.parse(source.read()))
+    for heading in ("Goal:", "Scientific:", "Nuisance:", "Fixed:"):
+        assert f"\n{heading}\n" in docstring
+    assert file.__name__ == f"studies.{file.study.name}"
+
+
+@pytest.mark.parametrize("file", [cnn, quickstart])
+def test_reports_end_with_a_whole_batch(file):
+    assert all(file.study.images_per_report % size == 0 for size in file.study.space.batch_sizes)
+
+
+@pytest.mark.parametrize(("study", "known"), KNOWN)
+def test_known_points_lie_in_their_space(study, known):
+    hp = keras_tuner.HyperParameters()
+    hp.values = dict(known)
+    study.space((28, 28, 1), 10, 54_000).build(hp)
+    ranges = {parameter.name: parameter for parameter in hp.space}
+    for name, value in known.items():
+        parameter = ranges[name]
+        assert hp.is_active(parameter)
+        assert value != parameter.default
+        if isinstance(parameter, keras_tuner.engine.hyperparameters.Choice):
+            assert value in parameter.values
+        if hasattr(parameter, "min_value"):
+            assert parameter.min_value <= value <= parameter.max_value
+
+
+def test_the_quickstart_reads_digits():
+    images, labels = shuffle(*load_digits(return_X_y=True), random_state=0)
+    images = (images.reshape(-1, 8, 8, 1) / 16 * 255).astype("uint8")
+    labels = np.eye(10, dtype="float32")[labels]
+    keras.utils.set_random_seed(1)
+    study = quickstart.study
+    space = study.space((8, 8, 1), 10, int(1_100 * study.epochs))
+    hp = keras_tuner.HyperParameters()
+    model = space.build(hp)
+    batch_size, epochs = hp.get("batch_size"), int(study.epochs)
+    model.fit(images[:1_100], labels[:1_100], batch_size=batch_size, epochs=epochs, verbose=0)
+    _, accuracy = model.evaluate(images[1_100:], labels[1_100:], verbose=0)
+    assert accuracy > 0.96
