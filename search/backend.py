@@ -55,7 +55,7 @@ def training_batches(x: np.ndarray, y: np.ndarray, order: np.ndarray, batch_size
 
     images, labels = tf.constant(x), tf.constant(y)
     dataset = tf.data.Dataset.from_tensor_slices(batches).map(
-        lambda chosen: (tf.gather(images, chosen), tf.gather(labels, chosen)), deterministic=True
+        lambda chosen: (tf.gather(images, chosen), tf.gather(labels, chosen))
     )
     return _untuned(dataset.prefetch(2))
 

@@ -81,6 +81,7 @@ def train(
         steps_per_epoch=plan.steps_per_report,
         validation_data=_validation(model, validation_data),
         callbacks=list(callbacks),
+        shuffle=False,  # the order is the plan's
         verbose=0,
     )
     return {name: [float(v) for v in values] for name, values in history.history.items()}

@@ -2,7 +2,9 @@
 
     x = augmented(blocks.scaled(inputs), flip=True, shift=2, erasing=0.25)
 
-The layers act in training only, on images in [0, 1] whose background is 0 (black).
+The layers act in training only, on images in [0, 1] whose background is 0 (black). Keras's own act
+whenever they are not told otherwise, so that `model(images)` would answer for changed images; the
+training=False given here yields to the training=True of `fit` and stands for every other call.
 """
 
 from __future__ import annotations
@@ -25,14 +27,14 @@ def augmented(x: Any, *, flip: bool = False, shift: int = 0, erasing: float = 0.
     """
     _, height, width, _ = x.shape
     if flip:
-        x = keras.layers.RandomFlip("horizontal")(x)
+        x = keras.layers.RandomFlip("horizontal")(x, training=False)
     if shift:
         x = keras.layers.RandomTranslation(
             shift / height, shift / width, fill_mode="constant", interpolation="nearest"
-        )(x)
+        )(x, training=False)
     if erasing:
         # One number would mean a probability drawn between 0 and it, half of what is asked.
         x = keras.layers.RandomErasing(
             (erasing, erasing), scale=ERASED_AREA, fill_value=0.0, value_range=(0, 1)
-        )(x)
+        )(x, training=False)
     return x

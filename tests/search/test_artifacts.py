@@ -157,7 +157,9 @@ def test_nothing_is_written_through_a_symlink(tmp_path, link):
     else:
         final = run / "a.txt"
         final.symlink_to(outside / ("a.txt" if link == "a.txt" else "none"))
-    with pytest.raises(SearchError, match=f"Received: {final}.*symbolic link|symbolic links.*{final}"):
+    with pytest.raises(
+        SearchError, match=f"Received: {final}.*symbolic link|symbolic links.*{final}"
+    ):
         artifacts.write_text(final, "ours", inside=run)
     assert (outside / "a.txt").read_text() == "theirs"
     assert names(outside) == ["a.txt"]

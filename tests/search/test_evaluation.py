@@ -120,7 +120,10 @@ def tiny(monkeypatch):
         generator.integers(0, 3, 700, dtype=np.uint8),
     )
     row = datasets.Dataset(
-        name="tiny", input_shape=(4, 4, 1), class_names=NAMES, read=lambda _, part: {"test": test}[part]
+        name="tiny",
+        input_shape=(4, 4, 1),
+        class_names=NAMES,
+        read=lambda _, part: {"test": test}[part],
     )
     monkeypatch.setitem(datasets.DATASETS, "tiny", row)
     return test
@@ -165,11 +168,15 @@ def test_predictions_of_a_saved_model(tmp_path, tiny, activation):
 
 def test_a_model_of_another_shape_is_refused(tmp_path, tiny):
     dense_model(tmp_path / "m.keras", size=5)
-    with pytest.raises(SearchError, match=r"maps \(4, 4, 1\) to 3.*m.keras, which maps \(5, 5, 1\)"):
+    with pytest.raises(
+        SearchError, match=r"maps \(4, 4, 1\) to 3.*m.keras, which maps \(5, 5, 1\)"
+    ):
         evaluation.predict_test(tmp_path / "m.keras", "tiny", tmp_path / "m.npz", {})
 
 
 def test_the_test_set_has_one_reader():
-    sources = [path for top in ("search", "spaces", "studies") for path in (ROOT / top).rglob("*.py")]
+    sources = [
+        path for top in ("search", "spaces", "studies") for path in (ROOT / top).rglob("*.py")
+    ]
     callers = {path.name for path in sources if "load_test(" in path.read_text()}
     assert callers == {"datasets.py", "evaluation.py"}

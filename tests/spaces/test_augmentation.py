@@ -30,9 +30,23 @@ def test_without_strengths_there_are_no_layers():
     assert augmented(inputs) is inputs
 
 
-def test_outside_training_images_stay_as_they_are(augment):
+@pytest.mark.parametrize("training", [False, None])
+def test_outside_training_images_stay_as_they_are(augment, training):
     strengths = {"flip": True, "shift": 2, "erasing": 0.5}
-    np.testing.assert_array_equal(augment(IMAGES, training=False, **strengths), IMAGES)
+    np.testing.assert_array_equal(augment(IMAGES, training=training, **strengths), IMAGES)
+
+
+def test_fit_augments():
+    inputs = keras.Input((1, 2, 1))
+    x = keras.layers.Flatten()(augmented(inputs, flip=True))
+    outputs = keras.layers.Dense(2, kernel_initializer="identity")(x)
+    model = keras.Model(inputs, outputs)
+    model.compile(keras.optimizers.SGD(0.0), loss="mae")
+    images = np.tile(np.float32([0, 1]).reshape(1, 1, 2, 1), (64, 1, 1, 1))
+    labels = images.reshape(64, 2)
+    keras.utils.set_random_seed(7)
+    assert model.evaluate(images, labels, verbose=0) == 0
+    assert 0.2 < model.fit(images, labels, batch_size=64, verbose=0).history["loss"][0] < 0.8
 
 
 def test_flip_mirrors_about_half_of_the_images(augment):

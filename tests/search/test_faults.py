@@ -1,0 +1,227 @@
+"""Whatever dies, the same command finishes the study with exactly N trials (the dummy study)."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from search import storage
+from tests import dummy, invariants
+
+ROOT = Path(__file__).parents[2]
+
+
+class Command:
+    """The command line on the dummy study, in a folder of its own."""
+
+    def __init__(self, folder: Path, **environment: str):
+        self.folder = folder / "run"
+        self.log = folder / "dummy.log"
+        self._environment = {**os.environ, "DUMMY_LOG": str(self.log), **environment}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "search", "--study", str(Path(dummy.__file__)),
+             "--out", str(self.folder), *arguments],
+            cwd=ROOT, env=self._environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+    def study(self):
+        return storage.read_study(f"sqlite:///{self.folder}/study.db", "dummy")
+
+    def wait_for_worker(self) -> None:
+        self._wait(lambda: invariants.workers_of(self.folder))
+
+    def wait_for_report(self) -> None:
+        self._wait(lambda: self.log.exists() and '"answer"' in self.log.read_text())
+
+    def _wait(self, condition) -> None:
+        end = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def command(tmp_path):
+    return Command(tmp_path)
+
+
+def test_undisturbed(command):
+    code, output = command.run("--trials", "8", "--workers", "2")
+    assert code == 0, output
+    invariants.check(command.folder, command.log, 8)
+
+
+def test_the_same_command_again_adds_nothing(command):
+    command.run("--trials", "4", "--workers", "2")
+    before = command.log.read_bytes()
+    code, output = command.run("--trials", "4", "--workers", "2")
+    assert (code, command.log.read_bytes()) == (0, before)
+    assert "4 of 4 trials finished" in output
+
+
+def test_k1_and_k2_thirty_workers_and_three_coordinators_killed(tmp_path):
+    command = Command(tmp_path, DUMMY_SLEEP="0.2")
+    rng = random.Random(1)
+    arguments = ("--trials", "60", "--workers", "4", "--max-attempts", "50")
+    kills_at = {8, 16, 24}  # worker kills after which the coordinator dies as well
+    kills = 0
+    process = command.start(*arguments)
+    while kills < 30:
+        time.sleep(rng.uniform(0.05, 0.2))
+        assert process.poll() is None, f"finished after {kills} kills: {process.stdout.read()}"
+        if not (workers := invariants.workers_of(command.folder)):
+            continue
+        rng.choice(workers).kill()
+        kills += 1
+        if kills in kills_at:
+            process.kill()
+            process.communicate()
+            invariants.wait_until_no_worker(command.folder, 2)
+            process = command.start(*arguments)
+            command.wait_for_worker()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    invariants.check(command.folder, command.log, 60)
+    assert not any(trial.state.name == "FAIL" for trial in command.study().trials)
+
+
+def test_a_retry_replaces_reports_and_is_not_pruned_where_it_had_passed(tmp_path):
+    command = Command(tmp_path, DUMMY_FAULT="die-once")
+    code, output = command.run("--trials", "16", "--workers", "2")
+    assert code == 0, output
+    invariants.check(command.folder, command.log, 16)
+    retried = [t for t in command.study().trials if len(t.user_attrs["attempts"]) == 2]
+    assert retried
+    assert all(trial.last_step >= 3 for trial in retried)  # it died after passing step 2
+
+
+def test_k4_a_trial_that_always_kills_its_worker(tmp_path):
+    command = Command(tmp_path, DUMMY_FAULT="die-always", DUMMY_SLEEP="0.02")
+    code, output = command.run("--trials", "6", "--pruner", "none", "--max-attempts", "3")
+    assert code == 0, output
+    invariants.check(command.folder, command.log, 6)
+    failed = [trial for trial in command.study().trials if trial.state.name == "FAIL"]
+    assert [trial.number for trial in failed] == [2]
+    assert len(failed[0].user_attrs["attempts"]) == 3
+    assert "killed" in failed[0].user_attrs["reason"]
+    assert "last words" in failed[0].user_attrs["stderr"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_k7_a_signal_leaves_everything_resumable(command, number, code):
+    process = command.start("--trials", "12", "--workers", "2")
+    command.wait_for_report()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == code, output
+    assert "the same command goes on" in output
+    invariants.wait_until_no_worker(command.folder, 2)
+    assert command.run("--trials", "12", "--workers", "2")[0] == 0
+    invariants.check(command.folder, command.log, 12)
+
+
+def test_k8_a_second_coordinator_is_refused(command):
+    process = command.start("--trials", "30", "--workers", "1")
+    command.wait_for_worker()
+    code, output = command.run("--trials", "30")
+    assert code == 2
+    assert f"process {process.pid}" in output
+    process.communicate(timeout=120)
+    invariants.check(command.folder, command.log, 30)
+
+
+def test_k9_eight_processes_create_the_same_study_at_once(command):
+    processes = [command.start("--trials", "2", "--workers", "1") for _ in range(8)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert {process.returncode for process in processes} <= {0, 2}, outputs
+    assert 0 in {process.returncode for process in processes}
+    assert not any("Traceback" in output for output in outputs)
+    invariants.check(command.folder, command.log, 2)
+
+
+def test_k10_the_whole_foreground_group_is_killed(command):
+    process = command.start("--trials", "12", "--workers", "2")
+    command.wait_for_report()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    invariants.wait_until_no_worker(command.folder, 5)
+    assert command.run("--trials", "12", "--workers", "2")[0] == 0
+    invariants.check(command.folder, command.log, 12)
+
+
+def test_n1_a_value_that_is_not_finite_is_pruned_and_never_the_best(tmp_path):
+    command = Command(tmp_path, DUMMY_FAULT="nan", DUMMY_SLEEP="0.01")
+    assert command.run("--trials", "6", "--pruner", "none")[0] == 0
+    trials = command.study().trials
+    diverged = [trial for trial in trials if "diverged" in trial.user_attrs.get("reason", "")]
+    assert [trial.number for trial in diverged] == [1, 3, 5]
+    assert all(trial.state.name == "PRUNED" for trial in diverged)
+    assert all(trial.constraints == {"diverged": 1.0} for trial in diverged)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("raise", "the dummy's own error"), ("string", "The objective returns a number")],
+)
+def test_first_trials_that_all_fail_alike_stop_the_study(tmp_path, fault, message):
+    command = Command(tmp_path, DUMMY_FAULT=fault, DUMMY_SLEEP="0.01")
+    code, output = command.run("--trials", "20", "--pruner", "none")
+    assert code == 1
+    assert "all failed with the same error" in output.splitlines()[-1]
+    assert message in output.splitlines()[-1]
+    assert "search/worker.py" not in output  # the user's frames, not ours
+    assert sum(trial.state.name == "FAIL" for trial in command.study().trials) >= 3
+
+
+def test_a4_the_same_seed_gives_the_same_points_interrupted_or_not(tmp_path):
+    arguments = ("--trials", "10", "--workers", "1", "--sampler", "random", "--seed", "5")
+    whole = Command(tmp_path / "whole")
+    (tmp_path / "whole").mkdir()
+    assert whole.run(*arguments)[0] == 0
+    broken = Command(tmp_path / "broken")
+    (tmp_path / "broken").mkdir()
+    for seconds in (1.0, 1.3):
+        process = broken.start(*arguments)
+        broken.wait_for_worker()
+        time.sleep(seconds)
+        process.kill()
+        process.communicate()
+    assert broken.run(*arguments)[0] == 0
+    invariants.check(broken.folder, broken.log, 10)
+    points = [[trial.params for trial in command.study().trials] for command in (whole, broken)]
+    assert points[0] == points[1]
+
+
+def test_s8_another_seed_under_the_same_study_is_refused(command):
+    command.run("--trials", "2", "--seed", "1")
+    before = (command.folder / "study.db").read_bytes()
+    code, output = command.run("--trials", "4", "--seed", "2")
+    assert code == 2
+    assert "seed was 1 and is now 2" in output
+    assert (command.folder / "study.db").read_bytes() == before
+
+
+def test_the_time_budget_ends_the_search_and_leaves_it_resumable(command):
+    code, output = command.run("--trials", "1000", "--workers", "2", "--time-budget", "2s")
+    assert code == 0, output
+    finished = sum(trial.state.is_finished() for trial in command.study().trials)
+    assert 0 < finished < 1000
+    assert command.run("--trials", str(finished + 4), "--workers", "2")[0] == 0
+    invariants.check(command.folder, command.log, finished + 4)
