@@ -1,1 +1,1 @@
-"""What a model may look like: KerasTuner HyperModels, one file each. Imports keras and keras_tuner only."""
+"""What a model may look like: KerasTuner HyperModels. Imports keras and keras_tuner only."""

@@ -1,1 +1,1 @@
-"""Which question is asked: one file per study, each with a `study = Study(...)`. Never imports `search`."""
+"""Which question is asked: one file per study. Never imports `search`."""

@@ -1,8 +1,8 @@
 """Which convolutional network is best on Fashion-MNIST, at a few minutes of training each?
 
 Goal:
-    The convolutional network with the highest validation accuracy after 20 epochs, found by
-    trials of at most 5.
+    The convolutional network with the highest validation accuracy after 15 epochs, found by
+    trials of at most 6.
 Scientific:
     The architecture: blocks, convolutions, filters and their growth, first kernel, padding,
     pooling, activation, batch normalisation, what turns maps into a vector, dense units.
@@ -47,11 +47,20 @@ DROPOUT_CNN = PUBLISHED | {
 BATCHNORM_CNN = PUBLISHED | {"conv_dropout": 0.25, "dense_dropout": 0.5}
 PLATEAU_CNN = BATCHNORM_CNN | {"schedule": "plateau"}
 
+
+class FashionCNN(CNN):
+    """Up to 40 filters in the first block: the dearest point costs about twice the defaults, so
+    that 100 trials and three retrainings end within two hours on two cores."""
+
+    filters = (16, 40, 8)
+
+
 study = Study(
     name="cnn",
-    space=CNN,
+    space=FashionCNN,
     trials=100,
-    epochs=5,
-    final_epochs=20,
+    epochs=6,
+    final_epochs=15,
+    reduction_factor=4,
     known_points=({}, DROPOUT_CNN, BATCHNORM_CNN),
 )
