@@ -207,13 +207,16 @@ class Coordinator:
             self._set(run, "history", run.history)
         # Not trial.report, which keeps what a lost attempt said of this step.
         self._study._storage.set_trial_intermediate_value(run.trial_id, step, value)
-        if step <= run.passed:
-            return False
-        trial = self._study._storage.get_trial(run.trial_id)
-        if not self._pruner.prune(self._study, trial):
+        if step <= run.passed or self._goes_on(run):
             return False
         self._tell(run, TrialState.PRUNED, "pruned", f"behind at report {step}")
         return True
+
+    def _goes_on(self, run: Run) -> bool:
+        trial = self._study._storage.get_trial(run.trial_id)
+        # A known point is run to its end, so that a search can't end below what was known.
+        known = "known_point" in trial.user_attrs
+        return known or not self._pruner.prune(self._study, trial)
 
     def _finished(self, run: Run, message: Message) -> None:
         if run.told:

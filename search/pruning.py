@@ -14,8 +14,8 @@ class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
     """Asynchronous successive halving (Li et al., 2020) on what is stored.
 
     At rung k, after first_rung * reduction_factor**k reports, a trial goes on if its best value so
-    far is among the best 1/reduction_factor of all trials that have come as far (rounded down, but
-    at least one: the first to arrive always goes on).
+    far is among the best 1/reduction_factor (rounded down) of all trials that have come as far, or
+    if they are still fewer than reduction_factor.
 
     Args:
         first_rung: reports before the first decision, at least 1.
@@ -43,8 +43,10 @@ class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
             and other.state not in (TrialState.FAIL, TrialState.WAITING)
             and rung in other.intermediate_values
         ]
+        places = (len(others) + 1) // self._reduction_factor
+        if not places:
+            return False
         value = _best_until(trial, rung, maximise)
-        places = max(1, (len(others) + 1) // self._reduction_factor)
         ahead = sum(other > value if maximise else other < value for other in others)
         return ahead >= places
 

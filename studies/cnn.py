@@ -61,6 +61,7 @@ study = Study(
     trials=100,
     epochs=6,
     final_epochs=15,
+    first_rung=2,  # after one report, a schedule with warm-up has only just warmed up
     reduction_factor=4,
     known_points=({}, DROPOUT_CNN, BATCHNORM_CNN),
 )

@@ -45,7 +45,8 @@ class Study:
     pruner: str = "asha"
     first_rung: int = 1  # reports before a trial can be pruned
     reduction_factor: int = 3  # one trial in so many passes a rung
-    known_points: tuple[dict[str, Any], ...] = ()  # tried first; the space's defaults fill gaps
+    # Tried first and never pruned; the space's defaults fill what a point leaves out.
+    known_points: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if not NAME_RULE.fullmatch(self.name):
