@@ -102,9 +102,10 @@ def refuse_symlink(path: str | Path, *, inside: str | Path | None = None) -> Non
 
 
 def remove_partials(folder: str | Path) -> None:
-    """Removes what killed writers left anywhere below `folder`; only while nobody writes there."""
-    for left in Path(folder).rglob(f".*{PARTIAL}*"):
-        left.unlink(missing_ok=True)
+    """Removes what killed writers left in `folder` itself; only while nobody writes there."""
+    for left in Path(folder).glob(f".*{PARTIAL}*"):
+        if left.is_file():
+            left.unlink(missing_ok=True)
 
 
 def sha256(path: str | Path) -> str:

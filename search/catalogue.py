@@ -43,8 +43,11 @@ def find(reference: str) -> Entry:
     from studies.study import NAME_RULE
 
     if reference.endswith(".py"):
-        if not (file := Path(reference)).is_file():
-            raise SearchError(f"--study: there is no file {reference!r}; check the path", exit_code=EXIT_USAGE)
+        if not _is_file(file := Path(reference)):
+            raise SearchError(
+                f"--study: there is no file {reference[:200]!a}; check the path",
+                exit_code=EXIT_USAGE,
+            )
         return _read(file.resolve())
     if not NAME_RULE.fullmatch(reference):
         raise SearchError(
@@ -76,17 +79,25 @@ def load(file: Path) -> Study:
     if file.parent == _FOLDER:
         module = importlib.import_module(f"studies.{file.stem}")
     else:
-        sys.path.insert(0, str(file.parent))  # so that it can import what lies beside it
-        spec = importlib.util.spec_from_file_location(file.stem, file)
+        sys.path.append(str(file.parent))  # so that it can import what lies beside it
+        # Its own name in sys.modules: a study in random.py must not become `random`.
+        spec = importlib.util.spec_from_file_location(f"study_in_{file.stem}", file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module
+        sys.modules[module.__name__] = module
         spec.loader.exec_module(module)
     study = getattr(module, "study", None)
     if not isinstance(study, Study):
         raise ValueError(f"{file} needs a line `study = Study(...)`. Received: study={study!r}")
     return study
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a null byte
+        return False
 
 
 def _read(file: Path) -> Entry:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    import optuna
 
 from search.errors import EXIT_USAGE, SearchError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _UNITS = {"s": 1, "m": 60, "h": 3600}
+_YEAR = 366 * 24 * 3600
 
 
 class _Duration(click.ParamType):
@@ -20,14 +26,24 @@ class _Duration(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(value))
-        if not match or not float(match[1]):
-            self.fail(f"a time is a number and s, m or h, such as 90m. Received: {value!r}")
-        return float(match[1]) * _UNITS[match[2]]
+        seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
+        if not 0 < seconds <= _YEAR:
+            self.fail(
+                "a time is a number and s, m or h, such as 90m, of a year at most. "
+                f"Received: {str(value)[:40]!r}"
+            )
+        return seconds
 
 
 class _Epochs(click.FloatRange):
     def __init__(self) -> None:
         super().__init__(min=0, min_open=True, max=10_000)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"epochs are a number above 0. Received: {value!r}")
+        return number
 
 
 _study = click.option("--study", metavar="NAME|FILE.py", required=True, help="Which study.")
@@ -49,7 +65,7 @@ def _options(*options: Any) -> Any:
 
 
 _running = _options(
-    click.option("--workers", default="auto", help="auto (one per GPU, else per core) or a number."),
+    click.option("--workers", default="auto", help="auto (one per GPU, or per core) or a number."),
     click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto"),
     click.option("--max-attempts", type=click.IntRange(1, 1000), default=3, show_default=True,
                  help="Of a trial whose worker dies."),
@@ -67,8 +83,11 @@ _running = _options(
 @click.group(invoke_without_command=True, context_settings=_CONTEXT)
 @click.version_option(package_name="fmnist-search")
 @click.option("--study", metavar="NAME|FILE.py", help="Which study; `studies` lists them.")
-@click.option("--trials", type=click.IntRange(1, 1_000_000),
-              help="Finished trials in all, not more of them.  [default: the study's]")
+@click.option(
+    "--trials",
+    type=click.IntRange(1, 1_000_000),
+    help="Finished trials in all, not more of them.  [default: the study's]",
+)
 @click.option("--epochs", type=_Epochs(), help="Of a trial that is not pruned.")
 @click.option("--dataset", metavar="NAME", help="fashion_mnist or digits.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the study.  [default: 0]")
@@ -91,17 +110,31 @@ def cli(ctx: click.Context, study: str | None, out: Path | None, **options: Any)
       fmnist-search --study quickstart
       fmnist-search --study cnn --trials 100
     """
+    given = [
+        parameter
+        for parameter in ctx.params
+        if ctx.get_parameter_source(parameter) == click.core.ParameterSource.COMMANDLINE
+    ]
     if ctx.invoked_subcommand is not None:
+        if given:
+            raise click.UsageError(f"options stand behind the command {ctx.invoked_subcommand!r}")
         return
     if study is None:
+        if given:
+            raise click.UsageError("--study is missing; `fmnist-search studies` lists them")
         click.echo(ctx.get_help())
         return
     _journey(study, out, options)
 
 
 @cli.command(context_settings=_CONTEXT)
-@click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
-              help="Folder whose runs are listed.")
+@click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Folder whose runs are listed.",
+)
 def studies(runs: Path) -> None:
     """What studies there are, and which have been run.
 
@@ -153,8 +186,13 @@ def retrain(study: str, out: Path | None, **options: Any) -> None:
 @_out
 @_storage
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--format", "format_", type=click.Choice(["yaml", "json", "csv"]), default="yaml",
-              show_default=True)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["yaml", "json", "csv"]),
+    default="yaml",
+    show_default=True,
+)
 def export(study: str, out: Path | None, storage: str | None, top: int, format_: str) -> None:
     """Print the best trials' values and params.
 
@@ -203,10 +241,10 @@ def _journey(study: str, out: Path | None, options: dict[str, Any]) -> None:
             "fmnist-search: interrupted; nothing is lost, the same command goes on", err=True
         )
         sys.exit(128 + error.number)
-    listing.print_outcome(study, outcome)
+    listing.print_outcome(outcome, _same_run(study, out, options["storage"]))
 
 
-def _opened(study: str, out: Path | None, url: str | None) -> Any:
+def _opened(study: str, out: Path | None, url: str | None) -> tuple[optuna.Study, Path]:
     """The study of a run, read only, and its folder."""
     from search import catalogue, storage
 
@@ -215,9 +253,16 @@ def _opened(study: str, out: Path | None, url: str | None) -> Any:
     opened = storage.read_study(storage.url_in(folder, url), entry.name)
     if opened is None:
         raise SearchError(
-            f"no run of {entry.name!r} in {folder}; start it with: fmnist-search --study {study}"
+            f"no run of {entry.name!r} in {folder}; start it with: "
+            f"fmnist-search {_same_run(study, out, url)}"
         )
     return opened, folder
+
+
+def _same_run(study: str, out: Path | None, url: str | None) -> str:
+    """The options that name a run again."""
+    named = {"--study": study, "--out": out, "--storage": url}
+    return " ".join(f"{name} {shlex.quote(str(value))}" for name, value in named.items() if value)
 
 
 def _stored_options(study: str, out: Path | None, url: str | None) -> dict[str, Any]:

@@ -4,8 +4,7 @@
     part = datasets.load_split("fashion_mnist")      # worker: training arrays only
 
 Files lie where Keras puts them, `<KERAS_HOME>/datasets/<folder>`, so that both share one copy.
-`keras.datasets` itself checks no hash and leaves a partial file under its final name when killed;
-hence pooch here. No Keras import: the coordinator uses this file. scikit-learn and pooch load late,
+No Keras import: the coordinator uses this file. scikit-learn loads late,
 so that `--help` stays fast.
 
 A new data set is a row of DATASETS, with a `read` function where no existing one fits.
@@ -14,34 +13,27 @@ A new data set is a row of DATASETS, with a `read` function where no existing on
 from __future__ import annotations
 
 import difflib
-import fcntl
 import gzip
 import hashlib
 import math
 import os
-import shutil
 import struct
-import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from search.errors import SearchError
+from search import fetching
+from search.errors import EXIT_USAGE, SearchError
+from search.fetching import DataFile
 
 SPLIT_SEED = 20_170_825  # any fixed number; this one is the day Fashion-MNIST appeared on arXiv
 KERAS_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/"  # as in keras.datasets
 
 Arrays = tuple[np.ndarray, np.ndarray]  # (n, height, width, channels) uint8, (n,) uint8
-
-
-class DataFile(NamedTuple):
-    name: str
-    md5: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +84,8 @@ def find(name: str) -> Dataset:
     near = difflib.get_close_matches(str(name), DATASETS, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise SearchError(
-        f"A data set is one of {', '.join(sorted(DATASETS))}. Received: {name!r}.{hint}"
+        f"A data set is one of {', '.join(sorted(DATASETS))}. Received: {name!r}.{hint}",
+        exit_code=EXIT_USAGE,
     )
 
 
@@ -115,8 +108,11 @@ def ensure(name: str) -> str:
         arrays = (*dataset.read(dataset, "train"), *dataset.read(dataset, "test"))
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     folder = _folder(dataset)
-    if _wrong_files(folder, files):
-        _fetch(dataset, folder, files)
+    if fetching.wrong_files(folder, files):
+        try:
+            fetching.fetch(dataset.url, folder, files)
+        except fetching.NotFetched as error:
+            raise _not_fetched(dataset, folder, str(error)) from error
     content = b"".join((folder / file.name).read_bytes() for file in files)
     return hashlib.sha256(content).hexdigest()
 
@@ -240,74 +236,20 @@ def _folder(dataset: Dataset) -> Path:
         ) from error
 
 
-def _unusable(path: Path, rule: str, received: object) -> SearchError:
-    return SearchError(
-        f"{path} is no usable data file: {rule}. Received: {received}. Fix: delete it; the next "
-        "run fetches it again"
-    )
-
-
-def _wrong_files(folder: Path, files: Iterable[DataFile]) -> list[DataFile]:
-    return [file for file in files if _md5(folder / file.name) != file.md5]
-
-
-def _md5(path: Path) -> str | None:
-    try:
-        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    except OSError:
-        return None
-
-
-def _fetch(dataset: Dataset, folder: Path, files: tuple[DataFile, ...]) -> None:
-    import pooch
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder) as scratch:
-            wrong = _wrong_files(folder, files)  # another process may have fetched them meanwhile
-            source = pooch.create(
-                scratch,
-                dataset.url,
-                registry={f.name: f"md5:{f.md5}" for f in wrong},
-                retry_if_failed=1,
-            )
-            for file in wrong:
-                source.fetch(file.name)
-                (scratch / file.name).chmod(0o644)  # pooch's are for their owner only
-                os.replace(scratch / file.name, folder / file.name)
-    except ValueError as error:  # pooch: the hash differs, also the second time
-        raise _not_fetched(dataset, folder, files, "the server's file has another MD5") from error
-    except OSError as error:  # also the base class of requests' errors
-        why = error.strerror or type(error).__name__
-        raise _not_fetched(dataset, folder, files, why) from error
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder inside `folder`, to one process at a time where it can be locked."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            # The folder itself is locked: no lock file is left, and a dead owner's lock is gone.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            for left in folder.glob(".fetch-*"):  # a killed download's
-                shutil.rmtree(left, ignore_errors=True)
-        except OSError:
-            pass  # NFS locks no folder: each process then fetches its own copy, which is correct
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-            yield Path(scratch)
-    finally:
-        os.close(descriptor)
-
-
-def _not_fetched(
-    dataset: Dataset, folder: Path, files: tuple[DataFile, ...], why: str
-) -> SearchError:
-    wrong = ", ".join(f"{file.name} (MD5 {file.md5})" for file in _wrong_files(folder, files))
+def _not_fetched(dataset: Dataset, folder: Path, why: str) -> SearchError:
+    files = fetching.wrong_files(folder, dataset.train_files + dataset.test_files)
+    wrong = ", ".join(f"{file.name} (MD5 {file.md5})" for file in files)
     return SearchError(
         f"Data set {dataset.name}: files are missing or damaged and could not be fetched from "
         f"{dataset.url} ({why}). Fix: put {wrong} into {folder}, or set KERAS_HOME to a writable "
         "folder, or run `fmnist-search --study quickstart`, which needs no network"
+    )
+
+
+def _unusable(path: Path, rule: str, received: object) -> SearchError:
+    return SearchError(
+        f"{path} is no usable data file: {rule}. Received: {received}. Fix: delete it; the next "
+        "run fetches it again"
     )
 
 

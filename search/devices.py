@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import psutil
 
 from search.errors import EXIT_USAGE, SearchError
+
+logger = logging.getLogger("search")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,11 @@ def gpus() -> list[str]:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     if not (command := shutil.which("nvidia-smi")):
         return []
-    listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=30)
+    try:
+        listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        logger.warning("nvidia-smi does not answer; the search runs on cores")
+        return []
     lines = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
     return [str(index) for index in range(len(lines))] if listing.returncode == 0 else []
 

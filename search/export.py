@@ -1,11 +1,15 @@
-"""What a user takes away: metrics.json and configs of winners; the leaderboard as YAML, JSON or CSV.
+"""What a user takes away: metrics.json, configs of winners, the leaderboard as text.
 
 metrics.json, schema 1:
 
-    schema, study, dataset {name, sha256}, search {trials, complete, pruned, fail, seconds,
-    saved_share}, provenance {versions, backend, commit, hardware}, winners: [{trial, params,
-    validation_accuracy, epochs, parameters, test {mean, std}, seeds: [{seed, model,
-    model_sha256, evaluation, evaluation_sha256, test {<figure>, per_class, confusion_matrix}}]}]
+    schema, study, dataset {name, sha256},
+    training {precision, images_per_report, batch_size (where the space has none), sampler, pruner,
+        study_seed},
+    search {trials, complete, pruned, fail, seconds, saved_share},
+    provenance {versions, backend, commit (None for an installed copy), hardware},
+    winners: [{trial, params, validation_accuracy, epochs (trained), schedule_epochs, parameters,
+        diverged (seed numbers), test {mean, std}, seeds: [{seed, model, model_sha256, evaluation,
+        evaluation_sha256, test {<figure>, per_class, confusion_matrix}}]}]
 
 Figures are fractions, losses in nats, times in seconds; std is that of a sample, over seeds.
 """
@@ -30,7 +34,7 @@ FORMATS = ("yaml", "json", "csv")
 
 
 def metrics(
-    study: optuna.Study, settings: Settings, num_reports: int, jobs: list[Job], folder: Path
+    study: optuna.Study, settings: Settings, jobs: list[Job], folder: Path
 ) -> dict[str, Any]:
     """All figures of a finished run, from what retraining has left on disk.
 
@@ -40,11 +44,27 @@ def metrics(
     by_trial: dict[int, list[Job]] = {}
     for job in jobs:
         by_trial.setdefault(job.trial.number, []).append(job)
+    usable = [of for of in by_trial.values() if any("evaluation" in job.record for job in of)]
+    if not usable:
+        raise SearchError(
+            f"every retraining diverged: {jobs[0].record['diverged']}; try --final-epochs or "
+            "a larger --top",
+            exit_code=EXIT_NOTHING_USABLE,
+        )
     trials = study.get_trials(deepcopy=False)
+    run = study.user_attrs["run"]
     return {
         "schema": 1,
         "study": settings.name,
-        "dataset": {"name": settings.dataset, "sha256": study.user_attrs["run"]["dataset_sha256"]},
+        "dataset": {"name": settings.dataset, "sha256": run["dataset_sha256"]},
+        "training": {
+            "precision": run["precision"],
+            "images_per_report": settings.images_per_report,
+            "batch_size": settings.batch_size,
+            "sampler": settings.sampler,
+            "pruner": settings.pruner,
+            "study_seed": settings.seed,
+        },
         "search": {
             "trials": sum(trial.state.is_finished() for trial in trials),
             **{
@@ -52,19 +72,19 @@ def metrics(
                 for state in ("complete", "pruned", "fail")
             },
             "seconds": round(results.search_seconds(study), 1),
-            "saved_share": round(results.saved_share(study, num_reports), 4),
+            "saved_share": round(results.saved_share(study), 4),
         },
-        "winners": [_winner(jobs, settings, folder) for jobs in by_trial.values()],
+        "winners": [_winner(of, settings, folder) for of in usable],
         "provenance": provenance.collect(),
     }
 
 
-def write(figures: dict[str, Any], settings: Settings, folder: Path) -> list[Path]:
+def write(figures: dict[str, Any], folder: Path) -> list[Path]:
     """Write metrics.json and one config for each winner, the first also as best.yaml."""
     artifacts.write_json(folder / "metrics.json", figures, inside=folder)
     written = [folder / "metrics.json"]
     for rank, winner in enumerate(figures["winners"]):
-        text = to_yaml(config(winner, figures, settings))
+        text = to_yaml(config(winner, figures))
         names = [f"trial-{winner['trial']}.yaml", *(["best.yaml"] if rank == 0 else [])]
         for name in names:
             artifacts.write_text(folder / "configs" / name, text, inside=folder)
@@ -72,20 +92,17 @@ def write(figures: dict[str, Any], settings: Settings, folder: Path) -> list[Pat
     return written
 
 
-def config(
-    winner: dict[str, Any], figures: dict[str, Any], settings: Settings
-) -> dict[str, Any]:
+def config(winner: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
     """All that is needed to train a winner again, and what it reached."""
     return {
-        "study": settings.name,
+        "study": figures["study"],
         "trial": winner["trial"],
         "params": winner["params"],
         "training": {
             "epochs": winner["epochs"],
             "schedule_epochs": winner["schedule_epochs"],
-            "images_per_report": settings.images_per_report,
             "seeds": [seed["seed"] for seed in winner["seeds"]],
-            "study_seed": settings.seed,
+            **figures["training"],
         },
         "dataset": figures["dataset"],
         "validation": {"accuracy": winner["validation_accuracy"]},
@@ -126,12 +143,6 @@ def to_yaml(value: Any) -> str:
 def _winner(jobs: list[Job], settings: Settings, folder: Path) -> dict[str, Any]:
     trial = jobs[0].trial
     measured = [job for job in jobs if "evaluation" in job.record]
-    if not measured:
-        raise SearchError(
-            f"every retraining of trial {trial.number} diverged: {jobs[0].record['diverged']}; "
-            "try --final-epochs or --top 3",
-            exit_code=EXIT_NOTHING_USABLE,
-        )
     names = datasets.find(settings.dataset).class_names
     seeds = [_seed(job, names, folder) for job in measured]
     return {

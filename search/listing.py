@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,36 @@ from rich.table import Table
 
 from search import results, storage
 from search.catalogue import Entry
+from search.errors import SearchError
 from search.progress import duration
 from search.run import Outcome
 
-_console = Console(highlight=False)
+# Into a file or a pipe, a table is as wide as it needs to be.
+_console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
 _FIGURES = ("accuracy", "loss", "precision", "recall", "f1", "roc_auc")
 
 
 def print_studies(entries: list[Entry], runs: Path) -> None:
+    """The known studies, then those that have been run from a file of the user's."""
     table = _table("study", "question", "run")
-    for entry in entries:
-        table.add_row(entry.name, entry.summary, _run_of(runs / entry.name, entry.name))
+    summaries = {entry.name: entry.summary for entry in entries}
+    summaries |= {
+        file.parent.name: ""
+        for file in runs.glob("*/study.db")
+        if file.parent.name not in summaries
+    }
+    for name, summary in summaries.items():
+        table.add_row(name, summary, _run_of(runs / name, name))
     _console.print(table)
 
 
 def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
     rows = results.rows(study)
     params = _varying([row.params for row in rows])
-    table = _table("trial", "state", "value", "reports", "seconds", "why", "params")
+    table = _table("trial", "state", "value", "reports", "seconds", "attempts")
+    table.expand = _console.is_terminal
+    table.add_column("why", no_wrap=True, ratio=1)
+    table.add_column("params", no_wrap=True, ratio=2)
     for row in rows[:top]:
         value = row.value if row.value is not None else row.last_value
         table.add_row(
@@ -37,6 +50,7 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
             "" if value is None else f"{value:.4f}",
             str(row.reports),
             "" if row.seconds is None else f"{row.seconds:.0f}",
+            str(row.attempts),
             row.reason,
             ", ".join(f"{k}={_short(v)}" for k, v in row.params.items() if k in params),
         )
@@ -46,19 +60,19 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
     _console.print(f"{len(rows)} trials in {folder}: {counts}")
 
 
-def print_outcome(study: str, outcome: Outcome) -> None:
-    folder, settings = outcome.folder, outcome.settings
+def print_outcome(outcome: Outcome, same_run: str) -> None:
+    """What has been reached, and the commands that go on from there (`same_run`: their options)."""
+    settings = outcome.settings
     _console.print(
         f"\n[bold]{settings.name}[/bold]: {outcome.num_finished} of {settings.trials} trials "
         "finished"
     )
     if outcome.metrics:
         _print_winners(outcome.metrics)
-    option = "" if folder == Path("runs") / settings.name else f" --out {folder}"
     _console.print("Next:", style="bold")
     for command in (
-        f"fmnist-search show --study {study}{option}",
-        f"fmnist-search export --study {study}{option}",
+        f"fmnist-search show {same_run}",
+        f"fmnist-search export {same_run}",
         f"optuna-dashboard {outcome.url}",
     ):
         _console.print(f"  {command}", soft_wrap=True)
@@ -70,20 +84,23 @@ def _print_winners(figures: dict[str, Any]) -> None:
         f"{search['complete']} complete, {search['pruned']} pruned, {search['fail']} failed in "
         f"{duration(search['seconds'])}; {search['saved_share']:.0%} of the epochs saved by pruning"
     )
-    table = _table("winner", "validation", *(f"test {name}" for name in _FIGURES), "seeds")
-    for winner in figures["winners"]:
-        mean, std = winner["test"]["mean"], winner["test"]["std"]
-        table.add_row(
-            f"trial {winner['trial']}",
-            f"{winner['validation_accuracy']:.4f}",
-            *(f"{mean[name]:.4f} ± {std[name]:.4f}" for name in _FIGURES),
-            str(len(winner["seeds"])),
-        )
+    winners = figures["winners"]
+    table = _table("", *(f"trial {winner['trial']}" for winner in winners))
+    table.add_row("validation accuracy", *(f"{w['validation_accuracy']:.4f}" for w in winners))
+    for name in _FIGURES:
+        means = [(w["test"]["mean"][name], w["test"]["std"][name]) for w in winners]
+        table.add_row(f"test {name}", *(f"{mean:.4f} ± {std:.4f}" for mean, std in means))
+    table.add_row("seeds", *(str(len(winner["seeds"])) for winner in winners))
+    table.add_row("epochs", *(f"{winner['epochs']:g}" for winner in winners))
+    table.add_row("parameters", *(f"{winner['parameters']:,}" for winner in winners))
     _console.print(table)
 
 
 def _run_of(folder: Path, name: str) -> str:
-    study = storage.read_study(storage.url_in(folder, None), name)
+    try:
+        study = storage.read_study(storage.url_in(folder, None), name)
+    except SearchError:
+        return "damaged"
     if study is None:
         return ""
     trials = study.get_trials(deepcopy=False)
@@ -95,7 +112,7 @@ def _run_of(folder: Path, name: str) -> str:
 def _table(*headings: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=True)
     return table
 
 

@@ -38,7 +38,12 @@ class KerasTasks:
         space = self._space(self._search_images)
         _build(space, hp)
         points = [self._complete(space, point) for point in self._study.known_points]
-        return {"space": describe(hp), "known_points": points, "precision": self.precision, "num_reports": self._num_reports}
+        return {
+            "space": describe(hp),
+            "known_points": points,
+            "precision": self.precision,
+            "num_reports": self._num_reports,
+        }
 
     def trial(self, trial: RemoteTrial, message: Message) -> Message:
         """Train one point, report as it goes, and return its value on all validation images."""
@@ -157,7 +162,14 @@ class KerasTasks:
 
 
 def _build(space: Any, hp: keras_tuner.HyperParameters) -> keras.Model:
-    return space.build(hp) if isinstance(space, keras_tuner.HyperModel) else space(hp)
+    model = space.build(hp) if isinstance(space, keras_tuner.HyperModel) else space(hp)
+    # Which of Keras's accuracies the name means, it decides by the shape of the labels.
+    names = model.get_compile_config().get("metrics") or []
+    if "accuracy" not in names:
+        raise ValueError(
+            f"A space compiles its models with metrics=['accuracy']. Received: metrics={names}"
+        )
+    return model
 
 
 def _callbacks(space: Any, hp: keras_tuner.HyperParameters) -> list[keras.callbacks.Callback]:

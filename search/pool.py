@@ -5,6 +5,7 @@ What they are given to do is the business of `coordinator.py` (trials) and `retr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import selectors
 import time
@@ -21,7 +22,7 @@ logger = logging.getLogger("search")
 
 # A worker that grew by this much since its first task is replaced by a fresh one: Keras and
 # TensorFlow keep some memory of every model they traced.
-MAX_GROWTH = 150 * 2**20  # bytes
+MAX_GROWTH = 100 * 2**20  # bytes
 _MAX_FAILED_STARTS = 3  # workers in a row that die before they are ready
 
 
@@ -54,6 +55,7 @@ class Slot:
     index: int
     device: Device
     worker: LocalWorker | None = None
+    described: bool = False  # has loaded the study and can be prepared
     ready: bool = False
     task: Task | None = None
     rss: int = 0  # bytes, after the last task
@@ -111,7 +113,7 @@ class Pool:
         """Tell every worker, now and later, what the run is; they answer when they are ready."""
         self._preparation = {"type": "prepare", "settings": settings}
         for slot in self.slots:
-            if slot.worker and slot.status.get("described"):
+            if slot.worker and slot.described:
                 self._send(slot, self._preparation)
 
     def wait_for_space(self) -> Message:
@@ -129,6 +131,11 @@ class Pool:
         """Start a task on an idle slot."""
         slot.task = Task(trial, attempt, content)
         self._send(slot, {"type": "start", "trial": trial, "attempt": attempt, **content})
+
+    def drop_tasks(self) -> None:
+        """Replace the workers that are still busy: nobody is left to answer what they say."""
+        for slot in self.busy():
+            self._restart(slot)
 
     def answer(self, slot: Slot, **content: Any) -> None:
         if slot.task is not None:
@@ -157,17 +164,20 @@ class Pool:
                 continue
             try:
                 messages = slot.worker.channel.receive()
-            except EOFError:
+                events = [self._hear(slot, message) for message in messages]
+            except (EOFError, ValueError, KeyError):  # the last two: it speaks no sense
                 yield from self._lost(slot)
                 continue
-            for message in messages:
-                if event := self._hear(slot, message):
-                    yield event
+            yield from filter(None, events)
+        for slot in self.slots:
+            # A child of the worker's may hold its socket open: then no end of file tells its death.
+            if slot.worker and not slot.worker.is_alive() and not slot.worker.channel.is_readable():
+                yield from self._lost(slot)
 
     def _hear(self, slot: Slot, message: Message) -> Event | None:
         type_ = message["type"]
         if type_ == "described":
-            slot.status["described"] = True
+            slot.described = True
             self.described = self.described or message
             if self._preparation:
                 self._send(slot, self._preparation)
@@ -191,7 +201,7 @@ class Pool:
         slot.task = None
         slot.rss = message["rss"]
         slot.rss_at_first = slot.rss_at_first or slot.rss
-        slot.status = {"described": True}
+        slot.status = {}
         if slot.rss - slot.rss_at_first > MAX_GROWTH:
             logger.info(
                 "worker %d has grown by %d MB and is replaced",
@@ -205,7 +215,8 @@ class Pool:
         assert worker is not None
         self._stop(slot)
         how = worker.post_mortem()
-        if not was_ready:
+        # Once one has been ready, a worker that is killed while it starts says nothing about us.
+        if not was_ready and (self.space is None or not worker.was_killed()):
             self._failed_starts += 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
             raise SearchError(
@@ -224,7 +235,8 @@ class Pool:
 
     def _start(self, slot: Slot) -> None:
         slot.worker = self._engine.start(slot.device, slot.index)
-        slot.ready, slot.task, slot.rss, slot.rss_at_first, slot.status = False, None, 0, 0, {}
+        slot.described = slot.ready = False
+        slot.task, slot.rss, slot.rss_at_first, slot.status = None, 0, 0, {}
         self._selector.register(slot.worker.channel, selectors.EVENT_READ, slot)
         self._send(slot, self._opening)
 
@@ -237,7 +249,5 @@ class Pool:
 
     def _send(self, slot: Slot, message: Message) -> None:
         assert slot.worker is not None
-        try:
+        with contextlib.suppress(OSError):  # it has died: the next poll reads that
             slot.worker.channel.send(message)
-        except OSError:
-            pass  # it has died: the next poll reads that from its socket

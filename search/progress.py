@@ -43,7 +43,7 @@ class View:
         self._num_reports = 0
         self._counts = dict.fromkeys(_STATES, 0)
         self._best: tuple[float, int] | None = None  # value, trial
-        self._reports = 0
+        self.saved = 0.0  # share of the training that pruning saved
         self._began = time.monotonic()
         self._done_before = 0
 
@@ -76,16 +76,15 @@ class View:
         """A new part of the run: so many things to finish, of so many reports each."""
         self._title, self._goal, self._num_reports = title, goal, num_reports
         self._counts = dict.fromkeys(_STATES, 0)
-        self._reports, self._done_before, self._began = 0, 0, time.monotonic()
+        self._done_before, self._began, self.saved = 0, time.monotonic(), 0.0
 
-    def finished_before(self, state: str, number: int, value: float | None, reports: int) -> None:
+    def finished_before(self, state: str, number: int, value: float | None) -> None:
         """What an earlier run has done: counted, but not for the time left."""
-        self.finished(state, number, value, reports)
+        self.finished(state, number, value)
         self._done_before += 1
 
-    def finished(self, state: str, number: int, value: float | None, reports: int) -> None:
+    def finished(self, state: str, number: int, value: float | None) -> None:
         self._counts[state] += 1
-        self._reports += reports
         if value is not None and (self._best is None or value > self._best[0]):
             self._best = (value, number)
 
@@ -117,9 +116,8 @@ class View:
         parts += [f"{count} {state}" for state, count in self._counts.items() if count]
         if self._best:
             parts.append(f"best {self._best[0]:.4f} (trial {self._best[1]})")
-        if self._num_reports and done:
-            saved = 1 - self._reports / (self._num_reports * done)
-            parts.append(f"{saved:.0%} of the epochs saved by pruning")
+        if self.saved:
+            parts.append(f"{self.saved:.0%} of the epochs saved by pruning")
         if left := self._time_left(done):
             parts.append(f"about {left} left")
         return Text(" | ".join(parts), style="bold")
@@ -148,4 +146,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-

@@ -25,6 +25,8 @@ import json
 import math
 import os
 import queue
+import select
+import signal
 import socket
 import threading
 from collections.abc import Sequence
@@ -65,6 +67,10 @@ class Channel:
         *lines, self._unread = (self._unread + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
+    def is_readable(self) -> bool:
+        """Whether there is something to receive, or an end of file."""
+        return bool(select.select([self._socket], [], [], 0)[0])
+
     def close(self) -> None:
         self._socket.close()
 
@@ -81,7 +87,7 @@ class WorkerConnection:
         try:
             self._channel.send(message)
         except OSError:
-            os._exit(0)
+            _end_process()
 
     def receive(self) -> Message:
         return self._inbox.get()
@@ -92,9 +98,19 @@ class WorkerConnection:
                 for message in self._channel.receive():
                     self._inbox.put(message)
         except EOFError:
-            # Not sys.exit: the main thread may be deep in a training step and nobody is left to
-            # hear what it finds.
-            os._exit(0)
+            _end_process()
+
+
+def _end_process() -> None:
+    """At once, with what it has started: the main thread may be deep in a training step, and
+    nobody is left to hear what it finds."""
+    if os.getsid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+class TrialEnded(Exception):
+    """The coordinator has finished this trial (it was behind): there is nothing left to ask."""
 
 
 class Diverged(Exception):
@@ -165,6 +181,8 @@ class RemoteTrial:
             {"type": type_, "trial": self.number, "attempt": self.attempt, **content}
         )
         answer = self._connection.receive()
+        if "ended" in answer:
+            raise TrialEnded
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["value"]

@@ -24,12 +24,12 @@ class Row(NamedTuple):
 
 def rows(study: optuna.Study) -> list[Row]:
     """All trials, the best first, then the others by how far they came."""
-    ranked = [trial.number for trial in winners(study, top=None)]
+    ranks = {trial.number: rank for rank, trial in enumerate(winners(study, top=None))}
     all_rows = [_row(trial) for trial in study.get_trials(deepcopy=False)]
 
     def key(row: Row) -> tuple[float, ...]:
-        if row.number in ranked:
-            return (0, ranked.index(row.number))
+        if row.number in ranks:
+            return (0, ranks[row.number])
         return (1, -row.reports, -(row.last_value or 0.0), row.number)
 
     return sorted(all_rows, key=key)
@@ -48,12 +48,19 @@ def best_step(trial: FrozenTrial) -> int:
     return max(values, key=lambda step: (values[step], -step))
 
 
-def saved_share(study: optuna.Study, num_reports: int) -> float:
-    """Share of the finished trials' reports that pruning saved, 0 to 1."""
-    finished = [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
-    if not finished or not num_reports:
-        return 0.0
-    return 1.0 - sum(t.last_step or 0 for t in finished) / (num_reports * len(finished))
+def saved_share(study: optuna.Study) -> float:
+    """Share of the training that pruning saved, 0 to 1; trials that failed do not count."""
+    num_reports = study.user_attrs["run"]["num_reports"]
+    counted = [
+        trial.last_step or 0
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state == TrialState.COMPLETE
+        or (
+            trial.state == TrialState.PRUNED
+            and trial.user_attrs.get("reason", "").startswith("pruned:")
+        )
+    ]
+    return 1.0 - sum(counted) / (num_reports * len(counted)) if counted and num_reports else 0.0
 
 
 def search_seconds(study: optuna.Study) -> float:

@@ -1,4 +1,4 @@
-"""Winners, trained again on all training data with several seeds, then measured once on the test set.
+"""Winners, trained again on all training data over several seeds, then measured once.
 
 Every model is recorded in the study with its hash when it is complete, so that a run that was
 interrupted goes on with the ones that are missing.
@@ -52,14 +52,11 @@ class Retraining:
     Args:
         study: opened by this process alone.
         settings: of the run.
-        num_reports: of a whole trial of the search.
         folder: of the run; models and evaluations go below it.
         view: shows what happens.
     """
 
-    def __init__(
-        self, study: optuna.Study, settings: Settings, num_reports: int, folder: Path, view: View
-    ):
+    def __init__(self, study: optuna.Study, settings: Settings, folder: Path, view: View):
         winners = results.winners(study, settings.top)
         if not winners:
             raise SearchError(
@@ -67,6 +64,7 @@ class Retraining:
                 "`fmnist-search show` says why; more --trials or another space may help",
                 exit_code=EXIT_NOTHING_USABLE,
             )
+        num_reports = study.user_attrs["run"]["num_reports"]
         self._study = study
         self._settings = settings
         self._images_per_epoch = num_reports * settings.images_per_report / settings.epochs
@@ -183,7 +181,7 @@ class Retraining:
                 )
             store(job, message)
             self._study.set_user_attr(job.key, job.record)
-            self._view.finished("complete", job.trial.number, None, 0)
+            self._view.finished("complete", job.trial.number, None)
 
     def _training(self, job: Job) -> Message:
         return {

@@ -1,6 +1,6 @@
 """The whole journey: data, search, winners, figures. Each step goes on where it was left.
 
-    outcome = run("cnn", Path("runs/cnn"), {"trials": 100})
+outcome = run("cnn", Path("runs/cnn"), {"trials": 100})
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 from search import artifacts, catalogue, datasets, devices, export, results, storage
 from search.coordinator import Coordinator
 from search.engines.local import LocalEngine
-from search.errors import SearchError
-from search.pool import Pool
+from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
+from search.pool import Interrupted, Pool
 from search.progress import View
-from search.retrain import Retraining
+from search.retrain import Job, Retraining
 from search.settings import Settings, refuse_another_space, refuse_differences, resolve
 
 logger = logging.getLogger("search")
@@ -63,10 +63,20 @@ def run(
         Interrupted: after a signal; all that was said is stored.
     """
     entry = catalogue.find(reference)
+    if options.get("dataset"):
+        datasets.find(options["dataset"])
     url = storage.url_in(folder, options.get("storage"))
-    _check_folder(folder)
+    devices_ = devices.share_out(str(options.get("workers") or "auto"))
+    _check_folder(folder, "--out")
+    _check_folder(storage.database_path(url).parent, "--storage")
     with storage.lock(folder / LOCK), storage.lock(storage.lock_beside(url, entry.name)):
-        return _Journey(entry, folder, url, options, view, final).go()
+        view.log_to(folder / "search.log")
+        try:
+            with storage.failures_named(url):
+                return _Journey(entry, folder, url, options, view).go(devices_, final)
+        except (SearchError, Interrupted) as error:
+            logger.info("ended: %s", error)
+            raise
 
 
 class _Journey:
@@ -79,57 +89,55 @@ class _Journey:
         url: str,
         options: dict[str, Any],
         view: View,
-        final: bool,
     ):
         self._entry = entry
         self._folder = folder
         self._options = options
         self._view = view
-        self._final = final
         self._url = url
-        view.log_to(folder / "search.log")
-        self._study = storage.open_study(url, entry.name)
+        # To read only, until it is known that this run belongs to it.
+        self._study = storage.read_study(url, entry.name)
 
-    def go(self) -> Outcome:
-        devices_ = devices.share_out(str(self._options.get("workers") or "auto"))
-        if outcome := self._already_done():
+    def go(self, devices_: list[devices.Device], final: bool) -> Outcome:
+        if outcome := self._already_done(final):
             return outcome
-        artifacts.remove_partials(self._folder)
+        _remove_partials(self._folder)
         opening = {"type": "open", "file": str(self._entry.file)}
         pool = Pool(LocalEngine(self._folder / "logs"), devices_, opening)
         with _signals(pool), pool:
             settings = self._begin(pool)
-            self._search(pool, settings)
-            if not self._final or settings.kind == "objective":
-                return self._outcome(settings, None)
-            self._retraining(settings).run(pool)
-        return self._outcome(settings, self._write(settings))
+            if self._options.get("search") is not False:
+                self._search(pool, settings)
+            if final and settings.kind == "space":
+                self._retraining(settings).run(pool)
+                return self._outcome(settings, self._write(settings))
+        return self._outcome(settings, None)
 
-    def _already_done(self) -> Outcome | None:
+    def _already_done(self, final: bool) -> Outcome | None:
         """The outcome, without starting a worker, where nothing is left to do."""
-        run = self._study.user_attrs.get("run")
+        run = self._run()
         if run is None or run["file_sha256"] != artifacts.sha256(self._entry.file):
             return None
         settings = self._settings(run["described"])
         if self._num_finished() < settings.trials:
             return None
-        if not self._final or settings.kind == "objective":
+        if not final or settings.kind == "objective":
             return self._outcome(settings, None)
+        assert self._study is not None
         stored = self._study.user_attrs.get("artifacts", {})
-        intact = all(
+        if not stored or not all(
             (self._folder / name).is_file() and artifacts.sha256(self._folder / name) == sha256
             for name, sha256 in stored.items()
-        )
-        retraining = self._retraining(settings)
-        wanted = [job.stem for job in retraining.jobs]
-        if not (stored and intact and retraining.is_done()):
+        ):
             return None
-        if self._study.user_attrs.get("measured") != wanted:
+        retraining = self._retraining(settings)
+        measured = self._study.user_attrs.get("measured")
+        if not retraining.is_done() or measured != self._measured(retraining.jobs):
             return None
         return self._outcome(settings, json.loads((self._folder / "metrics.json").read_text()))
 
     def _begin(self, pool: Pool) -> Settings:
-        """Check that it is the study that it was, fetch the data; nothing is written before."""
+        """Check that it is the study that it was, fetch the data; nothing is stored before."""
         described = pool.wait_for_description()
         if described["name"] != self._entry.name:
             raise SearchError(
@@ -139,11 +147,12 @@ class _Journey:
         settings = self._settings(described)
         dataset_sha256 = datasets.ensure(settings.dataset) if settings.kind == "space" else ""
         pool.prepare(dataclasses.asdict(settings))
-        self._view.refresh(pool.slots)
         ready = pool.wait_for_space()
-        run = self._study.user_attrs.get("run")
-        if run is not None:
-            self._refuse_another(run["space"], ready["space"], run["dataset_sha256"], dataset_sha256)
+        if run := self._run():
+            self._refuse_another(
+                run["space"], ready["space"], run["dataset_sha256"], dataset_sha256
+            )
+        self._study = storage.open_study(self._url, self._entry.name)
         self._study.set_user_attr(
             "run",
             {
@@ -152,6 +161,7 @@ class _Journey:
                 "space": ready["space"],
                 "known_points": ready["known_points"],
                 "num_reports": ready["num_reports"],
+                "precision": ready["precision"],
                 "dataset_sha256": dataset_sha256,
                 "file_sha256": artifacts.sha256(self._entry.file),
             },
@@ -169,12 +179,16 @@ class _Journey:
 
     def _settings(self, described: dict[str, Any]) -> Settings:
         settings = resolve(described, str(self._entry.file), self._options)
-        if run := self._study.user_attrs.get("run"):
-            refuse_differences(
-                run["fixed"], settings.fixed(), settings.name, str(self._folder)
-            )
+        if run := self._run():
+            refuse_differences(run["fixed"], settings.fixed(), settings.name, str(self._folder))
         if self._options.get("search") is False:
-            settings = dataclasses.replace(settings, trials=max(1, self._num_finished()))
+            settings = dataclasses.replace(settings, trials=self._num_finished())
+            if settings.kind == "objective":
+                raise SearchError(
+                    f"study {settings.name!r} has an objective of its own: there is no model to "
+                    "retrain",
+                    exit_code=EXIT_USAGE,
+                )
         return settings
 
     def _refuse_another(
@@ -186,52 +200,80 @@ class _Journey:
         )
 
     def _search(self, pool: Pool, settings: Settings) -> None:
-        run = self._study.user_attrs["run"]
-        num_reports = run["num_reports"]
-        self._view.begin("searching", settings.trials, num_reports)
-        for row in results.rows(self._study):
+        study, run = self._study, self._run()
+        assert study is not None
+        assert run is not None
+        self._view.begin("searching", settings.trials, run["num_reports"])
+        for row in results.rows(study):
             if row.state in ("complete", "pruned", "fail"):
-                self._view.finished_before(row.state, row.number, row.value, row.reports)
-        Coordinator(self._study, settings, run["known_points"], self._view).search(pool)
+                self._view.finished_before(row.state, row.number, row.value)
+        self._view.saved = results.saved_share(study)
+        Coordinator(study, settings, run["known_points"], self._view).search(pool)
+        if self._num_finished() >= settings.trials and not results.winners(study, 1):
+            raise SearchError(
+                f"all {settings.trials} trials of {settings.name!r} are finished and none is "
+                "complete: `fmnist-search show` says why; more --trials or another space may help",
+                exit_code=EXIT_NOTHING_USABLE,
+            )
 
     def _retraining(self, settings: Settings) -> Retraining:
-        num_reports = self._study.user_attrs["run"]["num_reports"]
-        return Retraining(self._study, settings, num_reports, self._folder, self._view)
+        assert self._study is not None
+        return Retraining(self._study, settings, self._folder, self._view)
 
     def _write(self, settings: Settings) -> dict[str, Any]:
-        num_reports = self._study.user_attrs["run"]["num_reports"]
+        assert self._study is not None
         jobs = self._retraining(settings).jobs
-        figures = export.metrics(self._study, settings, num_reports, jobs, self._folder)
-        written = export.write(figures, settings, self._folder)
+        figures = export.metrics(self._study, settings, jobs, self._folder)
+        written = export.write(figures, self._folder)
         self._study.set_user_attr(
             "artifacts",
             {str(path.relative_to(self._folder)): artifacts.sha256(path) for path in written},
         )
-        self._study.set_user_attr("measured", [job.stem for job in jobs])
+        self._study.set_user_attr("measured", self._measured(jobs))
         return figures
 
+    def _measured(self, jobs: list[Job]) -> dict[str, Any]:
+        """What metrics.json was made from: made again when any of it is another."""
+        evaluations = {job.stem: job.record.get("evaluation_sha256") for job in jobs}
+        return {"trials": self._num_finished(), "evaluations": evaluations}
+
+    def _run(self) -> dict[str, Any] | None:
+        """What the study holds of the run it began as."""
+        return None if self._study is None else self._study.user_attrs.get("run")
+
     def _num_finished(self) -> int:
+        if self._study is None:
+            return 0
         return sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
 
     def _outcome(self, settings: Settings, figures: dict[str, Any] | None) -> Outcome:
         return Outcome(self._folder, self._url, settings, self._num_finished(), figures)
 
 
-def _check_folder(folder: Path) -> None:
+def _remove_partials(folder: Path) -> None:
+    """What killed writers left; only where this project writes, since --out may be any folder."""
+    for name in (".", "models", "evaluation", "configs"):
+        artifacts.remove_partials(folder / name)
+
+
+def _check_folder(folder: Path, option: str) -> None:
     """Raises SearchError if the run can't be kept in `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        if option == "--out":
+            (folder / "logs").mkdir(exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise SearchError(
-            f"--out {folder} can't be written: {error.strerror}; make it writable or take another"
+            f"{option} {folder} can't be written: {error.strerror}; make it writable or take "
+            "another"
         ) from None
     if free < NEEDED_BYTES:
         raise SearchError(
-            f"--out {folder} has {free >> 20} MB free, a run needs about {NEEDED_BYTES >> 20} MB; "
-            "free some or take another"
+            f"{option} {folder} has {free >> 20} MB free, a run needs about "
+            f"{NEEDED_BYTES >> 20} MB; free some or take another"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which point next: a sampler made anew for each trial, seeded from the study's seed and its number.
+"""Which point next: a sampler made anew for each trial, seeded by study and number.
 
 The same point comes out however often the coordinator was restarted, given the same history; a
 seeded sampler that lived as long as its process would repeat its first points at each start.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from search.errors import EXIT_DAMAGED, EXIT_USAGE, SearchError
+from search.errors import EXIT_DAMAGED, EXIT_STORAGE_LOST, EXIT_USAGE, SearchError
 
 if TYPE_CHECKING:
     import optuna
@@ -35,14 +35,15 @@ def database_path(url: str) -> Path:
     Raises:
         SearchError: for any other URL; it names the scheme only, since a URL may hold a password.
     """
-    if not url.startswith(_PREFIX) or len(url) == len(_PREFIX) or "?" in url:
+    named = url.removeprefix(_PREFIX)
+    if named == url or named in ("", ":memory:") or set(named) & set("?%#"):
         raise SearchError(
-            f"--storage takes sqlite:///FILE for now. Received: a "
+            "the study is kept in sqlite:///FILE for now, a path without ? % #. Received: a "
             f"{url.split(':', 1)[0][:20]!r} address. Write for example "
-            "--storage sqlite:///runs/cnn/study.db",
+            "--storage sqlite:///runs/cnn/study.db, or another --out",
             exit_code=EXIT_USAGE,
         )
-    return Path(url.removeprefix(_PREFIX))
+    return Path(named)
 
 
 def url_in(folder: Path, url: str | None) -> str:
@@ -97,11 +98,13 @@ def open_study(url: str, name: str) -> optuna.Study:
     """The study, made if it is not there yet. The caller holds the lock and is its one writer."""
     import optuna
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the log says what is new
     path = database_path(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_file(path)
+    if not path.exists():
+        _create(path)
     storage = _storage(url)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the log says what is new
     return optuna.create_study(
         study_name=name, storage=storage, direction="maximize", load_if_exists=True
     )
@@ -116,11 +119,16 @@ def read_study(url: str, name: str) -> optuna.Study | None:
         return None
     _check_file(path)
     read_only = f"{_PREFIX}file:{quote(str(path.resolve()))}?mode=ro&uri=true"
-    storage = optuna.storages.RDBStorage(read_only, skip_table_creation=True)
     try:
+        storage = optuna.storages.RDBStorage(read_only, skip_table_creation=True)
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         return None
+    except optuna.exceptions.StorageInternalError:
+        raise SearchError(
+            f"{path} is no Optuna study: another program wrote it. Take another --out or --storage",
+            exit_code=EXIT_DAMAGED,
+        ) from None
 
 
 def drop_reports_after(study: optuna.Study, trial_id: int, step: int) -> None:
@@ -141,6 +149,33 @@ def drop_reports_after(study: optuna.Study, trial_id: int, step: int) -> None:
 def _rdb(study: optuna.Study) -> optuna.storages.RDBStorage:
     """The database behind Optuna's cache, which keeps only finished trials."""
     return study._storage._backend  # type: ignore[attr-defined]
+
+
+def _create(path: Path) -> None:
+    """An empty study file appears whole: a kill must not leave what looks like a damaged one."""
+    import optuna
+
+    beside = path.with_name(f".{path.name}.partial")
+    beside.unlink(missing_ok=True)
+    optuna.storages.RDBStorage(f"{_PREFIX}{beside}").engine.dispose()
+    os.replace(beside, path)
+
+
+@contextmanager
+def failures_named(url: str) -> Iterator[None]:
+    """What the database raises becomes one line: a full disk, a lost file, no permission."""
+    import optuna
+    import sqlalchemy
+
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        cause = error.__cause__ or error
+        raise SearchError(
+            f"the study {database_path(url)} can't be written: {getattr(cause, 'orig', cause)}; "
+            "free space or check permissions, then type the same command",
+            exit_code=EXIT_STORAGE_LOST,
+        ) from error
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:

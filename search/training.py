@@ -72,7 +72,9 @@ def train(
         Keras's history: one value a report for each of loss, accuracy, val_loss, val_accuracy.
     """
     for callback in callbacks:
-        _count_in_reports(callback, plan.reports_per_epoch, has_validation=validation_data is not None)
+        _count_in_reports(
+            callback, plan.reports_per_epoch, has_validation=validation_data is not None
+        )
     history = model.fit(
         backend.training_batches(
             train_data[0], as_loss_wants(model, train_data[1]), plan.order(), plan.batch_size

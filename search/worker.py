@@ -9,6 +9,8 @@ early ends as well.
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 import os
 import socket
 import sys
@@ -17,7 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.protocol import Channel, Diverged, Message, RemoteTrial, WorkerConnection
+from search.protocol import (
+    Channel,
+    Diverged,
+    Message,
+    RemoteTrial,
+    TrialEnded,
+    WorkerConnection,
+)
 
 if TYPE_CHECKING:
     from studies.study import Study
@@ -60,9 +69,9 @@ class FunctionTasks:
     def trial(self, trial: RemoteTrial, message: Message) -> Message:
         assert self._study.objective is not None
         value = self._study.objective(trial)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"The objective returns a number. Received: {value!r}")
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             return {"outcome": "diverged", "reason": f"the objective returned {value}"}
         return {"outcome": "complete", "value": float(value)}
 
@@ -78,6 +87,8 @@ def _do(connection: WorkerConnection, tasks: Any, message: Message) -> None:
     first = RemoteTrial(connection, **_trial(stamp)) if message["task"] == "trial" else tell
     try:
         outcome = run(first, message)
+    except TrialEnded:
+        outcome = {"outcome": "pruned"}
     except Diverged as error:
         outcome = {"outcome": "diverged", "reason": str(error)}
     except Exception as error:  # the user's space may raise anything

@@ -32,8 +32,9 @@ class Study:
     # A HyperModel (class or instance) or a function build(hp). A class is called with those of
     # input_shape, num_classes and total_images (images seen in a whole training) that it takes.
     space: Any = None
-    # Instead of a space: a function of an Optuna trial that returns the value to maximise. It may
-    # report and prune as under Optuna; nothing is retrained afterwards.
+    # Instead of a space: a function of an Optuna trial that returns the value to maximise. A trial
+    # that reports a value too far behind ends there, whether or not it asks `should_prune`.
+    # Nothing is retrained afterwards.
     objective: Callable[[Any], float] | None = None
     dataset: str = "fashion_mnist"
     trials: int = 100

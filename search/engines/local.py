@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,9 +31,17 @@ class LocalWorker:
     def pid(self) -> int:
         return self.process.pid
 
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def was_killed(self) -> bool:
+        """Whether a signal ended it; call after `kill`, which does not change how it ended."""
+        return self.process.returncode < 0
+
     def kill(self) -> None:
-        """End it now, whatever it does; returns when it is gone."""
-        self.process.kill()
+        """End it now, whatever it does, and what it has started; returns when it is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a session of its own
         self.process.wait()
         self.channel.close()
 

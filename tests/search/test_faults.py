@@ -26,9 +26,9 @@ class Command:
         self.log = folder / "dummy.log"
         self._environment = {**os.environ, "DUMMY_LOG": str(self.log), **environment}
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, program: tuple[str, ...] = ("search",)):
         return subprocess.Popen(
-            [sys.executable, "-m", "search", "--study", str(Path(dummy.__file__)),
+            [sys.executable, "-m", *program, "--study", str(Path(dummy.__file__)),
              "--out", str(self.folder), *arguments],
             cwd=ROOT, env=self._environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -108,6 +108,38 @@ def test_a_retry_replaces_reports_and_is_not_pruned_where_it_had_passed(tmp_path
     retried = [t for t in command.study().trials if len(t.user_attrs["attempts"]) == 2]
     assert retried
     assert all(trial.last_step >= 3 for trial in retried)  # it died after passing step 2
+
+
+def check_killed_after_write(folder, number):
+    """A coordinator killed after its n-th write; whether it got as far before it was done."""
+    folder.mkdir()
+    command = Command(folder, DUMMY_SLEEP="0.002")
+    arguments = ("--trials", "4", "--workers", "1")
+    process = command.start(*arguments, program=("tests.killed", str(number)))
+    process.communicate(timeout=60)
+    if process.returncode == 0:
+        return False
+    assert process.returncode == -signal.SIGKILL
+    code, output = command.run(*arguments)
+    assert code == 0, output
+    invariants.check(command.folder, command.log, 4)
+    for trial in command.study().trials:
+        said = trial.user_attrs.get("reason", "")
+        assert said.startswith("pruned") == (trial.state.name == "PRUNED"), (number, trial)
+    return True
+
+
+@pytest.mark.parametrize("number", [2, 9, 20, 31, 48])
+def test_k3_a_kill_after_a_write_loses_nothing(tmp_path, number):
+    assert check_killed_after_write(tmp_path / "k3", number)
+
+
+@pytest.mark.slow
+def test_k3_a_kill_after_any_write_loses_nothing(tmp_path):
+    number = 1
+    while check_killed_after_write(tmp_path / str(number), number):
+        number += 1
+    assert number > 50
 
 
 def test_k4_a_trial_that_always_kills_its_worker(tmp_path):

@@ -1,0 +1,613 @@
+from types import SimpleNamespace
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from search import sampling, storage
+from search.coordinator import Coordinator
+from search.devices import Device
+from search.errors import SearchError
+from search.pool import Event, Interrupted, Slot, Task
+from search.progress import View
+from search.settings import Settings
+
+UNIT = {"low": 0.0, "high": 1.0, "step": None, "log": False}
+
+
+# What a worker says, word for word; each answer comes back from the `yield`.
+
+
+def suggest(name, arguments=UNIT, kind="float"):
+    return {"type": "suggest", "name": name, "kind": kind, "arguments": arguments}
+
+
+def report(value, step, **more):
+    return {"type": "report", "value": value, "step": step, "metrics": {}, "progress": {}, **more}
+
+
+def finished(outcome="complete", **more):
+    return {"type": "finished", "outcome": outcome, "rss": 1, **more}
+
+
+LOST = {"type": "lost"}
+CRASH = {"type": "crash"}  # of the coordinator itself
+
+
+def good(number, attempt, value=0.5, steps=5):
+    yield suggest("x")
+    for step in range(1, steps + 1):
+        if (yield report(value, step))["value"]:
+            break
+    yield finished(value=value)
+
+
+class ScriptedPool:
+    """Workers that say, one word at each poll, what `script(trial, attempt)` yields."""
+
+    def __init__(self, script, num_slots=1):
+        self.slots = [Slot(index, Device(threads=1)) for index in range(num_slots)]
+        for slot in self.slots:
+            slot.worker = SimpleNamespace(pid=100 + slot.index)
+        self.given = []
+        self.at_start = lambda: None
+        self._script = script
+        self._saying = {}
+        self._answers = {}
+
+    def idle(self):
+        return [slot for slot in self.slots if slot.task is None]
+
+    def give(self, slot, trial, attempt, content):
+        self.at_start()
+        self.given.append((trial, attempt, content))
+        slot.task = Task(trial, attempt, content)
+        self._saying[slot.index] = self._script(trial, attempt)
+        self._answers[slot.index] = None
+
+    def drop_tasks(self):
+        for slot in self.slots:
+            slot.task = None
+
+    def answer(self, slot, **content):
+        self._answers[slot.index] = content
+
+    def poll(self, timeout):
+        for slot in [slot for slot in self.slots if slot.task is not None]:
+            task = slot.task
+            message = self._saying[slot.index].send(self._answers[slot.index])
+            if message == CRASH:
+                raise Interrupted(9)
+            if message["type"] in ("finished", "lost"):
+                slot.task = None
+            lost = "ended by signal 9\nlast words" if message == LOST else None
+            yield Event(slot, message, lost=lost, task=task)
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/study.db"
+
+
+@pytest.fixture
+def search(url):
+    """Searches as a coordinator does that has just been started; returns the pool it used."""
+
+    def search(
+        script, *, name="mine", num_slots=1, known_points=(), at_start=None, prepare=None, **changed
+    ):
+        study = storage.open_study(url, name)
+        study.set_user_attr("run", {"num_reports": 5})
+        if prepare:
+            prepare(study)
+        pool = ScriptedPool(script, num_slots)
+        pool.at_start = at_start or (lambda: None)
+        settings = Settings(
+            **{
+                "name": "mine",
+                "file": "mine.py",
+                "kind": "objective",
+                "dataset": "digits",
+                "epochs": 1,
+                "final_epochs": None,
+                "images_per_report": 100,
+                "batch_size": 10,
+                "trials": 4,
+                "sampler": "random",
+                "pruner": "none",
+                "first_rung": 1,
+                "reduction_factor": 2,
+            }
+            | changed
+        )
+        Coordinator(study, settings, list(known_points), View(-1)).search(pool)
+        return pool
+
+    return search
+
+
+@pytest.fixture
+def trials(url):
+    return lambda name="mine": storage.read_study(url, name).trials
+
+
+def states(found):
+    return [trial.state.name for trial in found]
+
+
+# How many
+
+
+@pytest.mark.parametrize(("num_trials", "num_slots"), [(1, 1), (1, 4), (5, 2), (7, 3), (4, 4)])
+def test_exactly_so_many_trials_are_run(search, trials, num_trials, num_slots):
+    pool = search(good, trials=num_trials, num_slots=num_slots)
+    assert [trial.number for trial in trials()] == list(range(num_trials))
+    assert states(trials()) == ["COMPLETE"] * num_trials
+    assert [(trial, attempt) for trial, attempt, _ in pool.given] == [
+        (number, 1) for number in range(num_trials)
+    ]
+    assert search(good, trials=num_trials).given == []
+
+
+def test_a_higher_number_goes_on_where_it_was(search, trials):
+    search(good, trials=2)
+    assert [number for number, _, _ in search(good, trials=5).given] == [2, 3, 4]
+    assert len(trials()) == 5
+
+
+def test_pruned_and_failed_trials_count(search, trials):
+    def script(number, attempt):
+        yield suggest("x")
+        if number == 1:
+            yield finished("error", reason=f"ValueError: {number}", traceback="its frames")
+        if number == 2:
+            yield finished("pruned")
+        yield finished(value=0.5)
+
+    search(script, trials=4, num_slots=2)
+    assert states(trials()) == ["COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
+    assert trials()[1].user_attrs["traceback"] == "its frames"
+    assert trials()[1].user_attrs["reason"] == "error: ValueError: 1"
+    assert trials()[2].user_attrs["reason"] == "pruned: by the objective"
+
+
+def test_a_spent_time_budget_starts_nothing(search, trials):
+    assert search(good, time_budget=0.0).given == []
+    assert trials() == []
+
+
+def test_each_trial_trains_with_a_seed_of_its_own_also_again(search):
+    def script(number, attempt):
+        yield suggest("x")
+        if number == 1 and attempt == 1:
+            yield LOST
+        yield finished(value=0.5)
+
+    given = search(script, seed=3).given
+    seeds = {(number, attempt): content["seed"] for number, attempt, content in given}
+    assert all(content["task"] == "trial" for _, _, content in given)
+    assert seeds[1, 1] == seeds[1, 2] == sampling.seed_for(3, 1, "training")
+    assert len(set(seeds.values())) == 4
+
+
+# What is stored
+
+
+def test_a_report_is_stored_with_its_figures(search, trials):
+    def script(number, attempt):
+        yield suggest("x")
+        answer = yield report(0.5, 1, metrics={"loss": 2.0}, progress={"images_per_second": 90.0})
+        assert answer == {"value": False}
+        assert (yield {"type": "attribute", "key": "parameters", "value": 7}) == {"value": None}
+        yield report(0.25, 2, metrics={"loss": 3.0}, progress={"images_per_second": 91.5})
+        yield finished(value=0.75)
+
+    search(script, trials=1)
+    (trial,) = trials()
+    assert (trial.value, trial.intermediate_values) == (0.75, {1: 0.5, 2: 0.25})
+    assert trial.user_attrs["history"] == {"1": {"loss": 2.0}, "2": {"loss": 3.0}}
+    assert trial.user_attrs["images_per_second"] == 91.5
+    assert trial.user_attrs["parameters"] == 7
+    assert trial.user_attrs["attempts"][0]["reason"] == "complete"
+    assert "reason" not in trial.user_attrs
+
+
+def test_a_bad_question_is_answered_with_an_error(search):
+    answers = []
+
+    def script(number, attempt):
+        answers.append((yield suggest("x", kind="loguniform")))
+        answers.append((yield suggest("y", UNIT | {"high": -1.0})))
+        answers.append((yield suggest("z")))
+        yield finished(value=0.5)
+
+    search(script, trials=1)
+    assert answers[0]["error"].startswith("A suggestion is one of ('float', 'int'")
+    assert answers[0]["error"].endswith("Received: 'loguniform'")
+    assert answers[1]["error"].startswith("'y': ")
+    assert "low <= high" in answers[1]["error"]
+    assert 0 <= answers[2]["value"] <= 1
+
+
+def test_an_attribute_of_the_coordinator_s_own_is_refused(search, trials):
+    answers = []
+
+    def script(number, attempt):
+        yield suggest("x")
+        answers.append((yield {"type": "attribute", "key": "attempts", "value": []}))
+        yield finished(value=0.5)
+
+    search(script, trials=1)
+    assert answers == [
+        {"error": "The attribute 'attempts' is the coordinator's own; take another name"}
+    ]
+    assert len(trials()[0].user_attrs["attempts"]) == 1
+
+
+def test_a_decision_to_stop_is_told_before_it_is_answered(search, trials):
+    at_answer = []
+
+    def script(number, attempt):
+        yield suggest("x")
+        value = (0.9, 0.1, 0.95)[number]
+        for step in (1, 2, 3):
+            if (yield report(value, step))["value"]:
+                at_answer.append((number, step, trials()[number].state))
+                # It may still say a word or two, which changes nothing.
+                assert (yield report(1.0, step + 1)) == {"value": True}
+                late = {"type": "attribute", "key": "late", "value": 1}
+                assert (yield late) == (yield suggest("late")) == {"ended": True}
+                break
+        yield finished(value=value)
+
+    search(script, trials=3, pruner="asha")
+    assert at_answer == [(1, 1, TrialState.PRUNED)]
+    assert states(trials()) == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert trials()[1].intermediate_values == {1: 0.1}
+    assert trials()[1].user_attrs["reason"] == "pruned: behind at report 1"
+    assert "late" not in trials()[1].user_attrs
+
+
+@pytest.mark.parametrize("kind", ["diverged", "out_of_memory"])
+def test_an_infeasible_trial_is_pruned_with_constraint_and_reason(search, trials, kind):
+    def script(number, attempt):
+        yield suggest("x")
+        yield report(0.99, 1)
+        yield finished(kind, reason="loss was nan at report 2")
+
+    search(script, trials=1)
+    (trial,) = trials()
+    assert trial.state == TrialState.PRUNED
+    assert trial.constraints == {kind: 1.0}
+    assert trial.user_attrs["reason"] == f"{kind}: loss was nan at report 2"
+    assert trial.user_attrs["attempts"][0]["reason"] == kind
+
+
+def test_tpe_stays_away_from_what_diverged(search, trials):
+    """What diverged late, with high reports before, is worse than anything that did not."""
+
+    def script(number, attempt):
+        x = (yield suggest("x"))["value"]
+        for step in (1, 2, 3):
+            yield report(5.0 if x > 0.5 else 1 - abs(x - 0.2), step)
+        yield finished("diverged", reason="at 4") if x > 0.5 else finished("pruned")
+
+    search(script, trials=40, sampler="tpe")
+    drawn = [trial.params["x"] for trial in trials()[24:]]
+    assert sum(x <= 0.5 for x in drawn) >= 14, drawn
+
+
+# Failures
+
+
+def failing(reasons):
+    def script(number, attempt):
+        yield suggest("x")
+        if (reason := reasons[number]) is not None:
+            yield finished("error", reason=reason, traceback=f"frames of {number}")
+        yield finished(value=0.5)
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("reasons", "is_stopped"),
+    [
+        (["a", "a", "a", "a"], True),
+        (["bad 1", "bad -2.5e-3", "bad 0x7f", "x"], True),  # a point's own values
+        (["a", "b", "a", "a"], False),
+        (["a", "a", None, "a"], False),
+        ([None, "a", "a", "a"], False),
+    ],
+)
+def test_first_trials_that_all_fail_alike_stop_the_search(search, trials, reasons, is_stopped):
+    if not is_stopped:
+        search(failing(reasons))
+        assert len(trials()) == 4
+        return
+    rule = f"first 3 trials all failed with the same error: {reasons[2]}. Mend the study's file"
+    with pytest.raises(SearchError, match=rule) as caught:
+        search(failing(reasons))
+    assert caught.value.detail == "frames of 2"
+    assert states(trials()) == ["FAIL"] * 3
+
+
+def test_a_single_trial_that_fails_stops_the_search(search):
+    with pytest.raises(SearchError, match="the first 1 trials all failed"):
+        search(failing(["a"]), trials=1)
+
+
+# Known points
+
+POINTS = ({"x": 0.125, "y": 0.25}, {"x": 0.5, "y": 0.75}, {"x": 0.875, "y": 0.0})
+
+
+def poor(number, attempt):
+    yield suggest("x")
+    yield suggest("y")
+    for step in (1, 2, 3, 4):
+        if (yield report(0.1 if number < 3 else 0.9, step))["value"]:
+            break
+    yield finished(value=0.1)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "qmc"])
+def test_known_points_are_tried_first_whole_and_to_their_end(search, trials, sampler):
+    search(poor, trials=5, known_points=POINTS, sampler=sampler, pruner="asha")
+    assert [trial.params for trial in trials()[:3]] == list(POINTS)
+    assert [trial.user_attrs.get("known_point") for trial in trials()] == [0, 1, 2, None, None]
+    assert all(trial.last_step == 4 for trial in trials()[:3])
+    assert states(trials()[:3]) == ["COMPLETE"] * 3
+    assert all(trial.params["x"] not in (0.125, 0.5, 0.875) for trial in trials()[3:])
+
+
+def test_a_point_like_a_known_one_is_pruned_when_it_is_not_known(search, trials):
+    def script(number, attempt):
+        yield from good(number, attempt, value=(0.9, 0.1)[number])
+
+    search(script, trials=2, known_points=({"x": 0.5},), pruner="asha")
+    assert states(trials()) == ["COMPLETE", "PRUNED"]
+
+
+def test_a_known_point_waits_until_its_turn(search, trials):
+    waiting = []
+    search(
+        poor,
+        num_slots=2,
+        known_points=POINTS,
+        at_start=lambda: waiting.append(states(trials()).count("WAITING")),
+    )
+    assert waiting == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("num_words", [1, 2, 4])
+def test_each_known_point_is_tried_once_whatever_dies(search, trials, num_words):
+    def dying(number, attempt):
+        words = poor(number, attempt)
+        answer = None
+        for _ in range(num_words if number == 1 and attempt == 1 else 99):
+            try:
+                answer = yield words.send(answer)
+            except StopIteration:
+                return
+        yield CRASH
+
+    with pytest.raises(Interrupted):
+        search(dying, known_points=POINTS)
+    search(dying, known_points=POINTS)
+    assert [trial.user_attrs.get("known_point") for trial in trials()] == [0, 1, 2, None]
+    assert [trial.params for trial in trials()[:3]] == list(POINTS)
+
+
+# Deaths
+
+
+def dies(deaths, steps=5):
+    """Each attempt ends as `deaths` says, after its second report; what comes after, well."""
+
+    def script(number, attempt):
+        yield suggest("x")
+        for step in range(1, steps + 1):
+            yield report(attempt + step / 10, step)
+            if step == 2 and attempt <= len(deaths):
+                yield deaths[attempt - 1]
+        yield finished(value=float(attempt))
+
+    return script
+
+
+def run_until_done(search, script, **changed):
+    """Starts a coordinator again as often as one dies."""
+    given = []
+    while True:
+        try:
+            return given + search(script, **changed).given
+        except Interrupted:
+            given.append("crash")
+
+
+def test_a_lost_worker_s_trial_runs_again_and_its_reports_are_replaced(search, trials):
+    given = run_until_done(search, dies([LOST]), trials=1)
+    assert [(number, attempt) for number, attempt, _ in given] == [(0, 1), (0, 2)]
+    (trial,) = trials()
+    assert trial.value == 2.0
+    assert trial.intermediate_values == {1: 2.1, 2: 2.2, 3: 2.3, 4: 2.4, 5: 2.5}
+    assert [attempt["reason"] for attempt in trial.user_attrs["attempts"]] == ["killed", "complete"]
+
+
+def test_a_retry_that_ends_sooner_leaves_no_report_of_the_lost_attempt(search, trials):
+    def script(number, attempt):
+        yield suggest("x")
+        for step in (1, 2, 3, 4) if attempt == 1 else (1, 2):
+            yield report(float(attempt), step)
+        yield LOST if attempt == 1 else finished(value=0.5)
+
+    search(script, trials=1)
+    assert trials()[0].intermediate_values == {1: 2.0, 2: 2.0}
+
+
+def test_a_trial_that_is_lost_too_often_fails_with_its_last_words(search, trials):
+    def script(number, attempt):
+        return dies([LOST] * 9)(number, attempt) if number else good(number, attempt)
+
+    assert len(search(script, trials=2, max_attempts=3).given) == 1 + 3
+    trial = trials()[1]
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["reason"] == "killed: its worker ended by signal 9, 3 times"
+    assert trial.user_attrs["stderr"] == "last words"
+    assert [attempt["reason"] for attempt in trial.user_attrs["attempts"]] == ["killed"] * 3
+
+
+@pytest.mark.parametrize(
+    ("deaths", "state", "reasons"),
+    [
+        ([CRASH] * 5, "COMPLETE", ["coordinator ended"] * 5 + ["complete"]),
+        (
+            [CRASH, LOST, CRASH, CRASH],
+            "COMPLETE",
+            ["coordinator ended", "killed", *["coordinator ended"] * 2, "complete"],
+        ),
+        (
+            [CRASH, LOST, CRASH, LOST],
+            "FAIL",
+            ["coordinator ended", "killed", "coordinator ended", "killed"],
+        ),
+    ],
+)
+def test_a_coordinator_s_deaths_are_no_attempts(search, trials, deaths, state, reasons):
+    search(good, trials=1)
+    run_until_done(search, dies(deaths), trials=2, max_attempts=2)
+    trial = trials()[1]
+    assert trial.state.name == state
+    attempts = trial.user_attrs["attempts"]
+    assert [attempt["reason"] for attempt in attempts] == reasons
+    assert [attempt["attempt"] for attempt in attempts] == list(range(1, len(reasons) + 1))
+    assert all(attempt["start"] <= attempt["end"] for attempt in attempts)
+
+
+def test_running_trials_are_adopted_before_new_ones_are_asked(search, trials):
+    def script(number, attempt):
+        yield suggest("x")
+        yield report(0.5, 1)
+        yield CRASH if number == 2 and attempt == 1 else report(0.5, 2)
+        yield finished(value=0.5)
+
+    with pytest.raises(Interrupted):
+        search(script, trials=5, num_slots=3)
+    before = [trial.params for trial in trials()]
+    assert states(trials()) == ["RUNNING"] * 3
+    given = search(script, trials=5, num_slots=3).given
+    assert [(number, attempt) for number, attempt, _ in given] == [
+        (0, 2), (1, 2), (2, 2), (3, 1), (4, 1)
+    ]  # fmt: skip
+    assert [trial.params for trial in trials()[:3]] == before
+    assert states(trials()) == ["COMPLETE"] * 5
+
+
+def test_a_trial_that_was_asked_and_never_started_is_adopted(url, search, trials):
+    study = storage.open_study(url, "mine")
+    study.sampler = optuna.samplers.RandomSampler(seed=0)
+    study.ask()
+    given = search(good, trials=1).given
+    assert [(number, attempt) for number, attempt, _ in given] == [(0, 1)]
+    assert states(trials()) == ["COMPLETE"]
+
+
+@pytest.mark.parametrize("death", [LOST, CRASH])
+def test_a_retry_is_not_pruned_where_the_lost_attempt_had_passed(search, trials, death):
+    def script(number, attempt):
+        yield suggest("x")
+        values = [0.5] * 9
+        if number == 1:
+            # Good until the second report, and the retry poor from the first.
+            values = [0.9, 0.9, 0.9] if attempt == 1 else [0.1] * 9
+        for step, value in enumerate(values, 1):
+            if (yield report(value, step))["value"]:
+                break
+        yield death if number == 1 and attempt == 1 else finished(value=values[-1])
+
+    for _ in range(2):
+        try:
+            search(script, trials=2, pruner="asha", reduction_factor=2)
+            break
+        except Interrupted:
+            continue
+    trial = trials()[1]
+    # The rungs are 1, 2, 4 and 8; it had passed the first two.
+    assert trial.state == TrialState.PRUNED
+    assert trial.intermediate_values == dict.fromkeys((1, 2, 3, 4), 0.1)
+
+
+class Mortal:
+    """Kills the coordinator after so many words to the storage since it decided on an end."""
+
+    def __init__(self, num_writes):
+        self._left = num_writes
+        self._decided = False
+
+    def __call__(self, study):
+        for name in (
+            "set_trial_user_attr",
+            "set_trial_system_attr",
+            "set_trial_intermediate_value",
+            "set_trial_state_values",
+        ):
+            setattr(study._storage, name, self._wrapped(getattr(study._storage, name)))
+
+    def _wrapped(self, write):
+        def count(trial_id, *arguments, **named):
+            if self._decided:
+                self._left -= 1
+                if self._left < 0:
+                    raise Interrupted(9)
+            written = write(trial_id, *arguments, **named)
+            self._decided = self._decided or "ending" in arguments or named.get("key") == "ending"
+            return written
+
+        return count
+
+
+@pytest.mark.parametrize(
+    ("last", "state"),
+    [
+        (finished(value=0.75), "COMPLETE"),
+        (finished("diverged", reason="nan"), "PRUNED"),
+        (report(0.1, 2, progress={"images_per_second": 90.0}), "PRUNED"),
+        (finished("error", reason="ValueError", traceback="frames"), "FAIL"),
+    ],
+    ids=["complete", "diverged", "behind", "error"],
+)
+def test_an_end_that_a_kill_cuts_off_is_finished_by_the_next(search, trials, last, state):
+    def script(number, attempt):
+        yield suggest("x")
+        yield report(0.9, 1)
+        if number == 1:
+            yield last
+        yield report(0.9, 2)
+        yield finished(value=0.9)
+
+    stored = []
+    while True:  # killed after 0, 1, 2 ... writes, each in a study of its own
+        run = {"name": f"study-{len(stored)}", "pruner": "asha"}
+        search(script, trials=1, **run)
+        try:
+            search(script, trials=2, prepare=Mortal(len(stored)), **run)
+        except Interrupted:
+            assert states(trials(run["name"])) == ["COMPLETE", "RUNNING"]
+            assert search(script, trials=2, **run).given == []
+            stored.append(told(trials(run["name"])[1]))
+        else:
+            break
+    undisturbed = told(trials(run["name"])[1])
+    assert undisturbed[0] == state
+    assert len(stored) >= 4
+    assert stored == [undisturbed] * len(stored)
+
+
+def told(trial):
+    """All that is stored of a trial, less the clock's part."""
+    attrs = {name: value for name, value in trial.user_attrs.items() if name != "seconds"}
+    ending = {n: v for n, v in attrs.pop("ending").items() if n not in ("seconds", "time")}
+    attempts = [(a["attempt"], a["reason"]) for a in attrs.pop("attempts")]
+    state, reports = trial.state.name, trial.intermediate_values
+    return state, trial.value, reports, trial.constraints, attrs, ending, attempts

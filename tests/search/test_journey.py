@@ -1,0 +1,185 @@
+"""The whole journey on scikit-learn's digits: search, kill, resume, retrain, test, take away."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from search import artifacts, storage
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--study", "quickstart", "--trials", "4", "--epochs", "2", "--seeds", "2"]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "search", *arguments, "--out", str(folder)],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(folder: Path, *arguments: str) -> str:
+    process = start(folder, *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A finished run whose coordinator was killed once during the search, once after it."""
+    folder = tmp_path_factory.mktemp("journey") / "run"
+    for word in ("trial 0", "retrained for"):
+        process = start(folder, *SMALL)
+        for line in process.stdout:
+            if word in line:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(folder, *SMALL)
+    return folder
+
+
+def study_of(folder):
+    return storage.read_study(f"sqlite:///{folder}/study.db", "quickstart")
+
+
+def test_exactly_as_many_trials_as_asked(run_folder):
+    trials = study_of(run_folder).trials
+    assert [trial.number for trial in trials] == [0, 1, 2, 3]
+    assert all(trial.state.is_finished() for trial in trials)
+
+
+def test_metrics_are_those_of_the_stored_predictions(run_folder):
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    assert metrics["schema"] == 1
+    assert metrics["search"]["trials"] == 4
+    (winner,) = metrics["winners"]
+    accuracies = []
+    for seed in winner["seeds"]:
+        with np.load(run_folder / seed["evaluation"]) as saved:
+            predicted = saved["probabilities"].argmax(axis=1)
+            accuracies.append(float(np.mean(predicted == saved["labels"])))
+            assert len(saved["history_loss"]) >= 1
+    assert [seed["test"]["accuracy"] for seed in winner["seeds"]] == accuracies
+    assert len(set(seed["seed"] for seed in winner["seeds"])) == 2
+    assert winner["test"]["mean"]["accuracy"] == pytest.approx(np.mean(accuracies))
+    assert winner["test"]["std"]["accuracy"] == pytest.approx(np.std(accuracies, ddof=1))
+    best = max(trial.value for trial in study_of(run_folder).trials if trial.state.name == "COMPLETE")
+    assert winner["validation_accuracy"] == best
+
+
+def test_every_artifact_is_the_one_that_the_study_names(run_folder):
+    attrs = study_of(run_folder).user_attrs
+    records = [value for key, value in attrs.items() if key.startswith("retrained:")]
+    named = {r[n]: r[f"{n}_sha256"] for r in records for n in ("model", "evaluation")}
+    named |= attrs["artifacts"]
+    assert len(named) == 2 * 2 + 3
+    for name, sha256 in named.items():
+        assert artifacts.sha256(run_folder / name) == sha256
+    kept = ("models", "evaluation", "configs")
+    there = {str(p.relative_to(run_folder)) for k in kept for p in (run_folder / k).iterdir()}
+    assert there | {"metrics.json"} == set(named)
+
+
+def test_models_load_in_plain_keras(run_folder, tmp_path):
+    code = (
+        "import sys, keras, numpy as np\n"
+        "model = keras.models.load_model(sys.argv[1])\n"
+        "out = model.predict(np.zeros((2, 8, 8, 1), 'uint8'), verbose=0)\n"
+        "assert 'search' not in sys.modules and 'spaces' not in sys.modules\n"
+        "print(out.dtype, out.shape, float(np.abs(out.sum(axis=1) - 1).max()) < 1e-5)"
+    )
+    model = next((run_folder / "models").iterdir())
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(model)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == "float32 (2, 10) True\n", done.stderr
+
+
+def test_the_config_names_all_that_is_needed(run_folder):
+    config = yaml.safe_load((run_folder / "configs" / "best.yaml").read_text())
+    trial = study_of(run_folder).trials[config["trial"]]
+    assert config["params"] == trial.params
+    assert config["validation"]["accuracy"] == trial.value
+    assert set(config["provenance"]["versions"]) >= {"python", "keras", "optuna", "tensorflow"}
+    assert re.fullmatch("[0-9a-f]{64}", config["dataset"]["sha256"])
+
+
+def test_typed_again_it_says_that_all_is_done(run_folder):
+    before = {p: p.stat().st_mtime_ns for p in run_folder.rglob("*.keras")}
+    began = time.monotonic()
+    output = finish(run_folder, *SMALL)
+    assert "4 of 4 trials finished" in output
+    assert time.monotonic() - began < 20  # no worker was started
+    assert {p: p.stat().st_mtime_ns for p in run_folder.rglob("*.keras")} == before
+
+
+def test_show_and_export(run_folder):
+    shown = finish(run_folder, "show", "--study", "quickstart")
+    assert "4 trials" in shown
+    exported = finish(run_folder, "export", "--study", "quickstart", "--format", "json")
+    best = json.loads(exported)[0]
+    assert best["params"] == study_of(run_folder).trials[best["trial"]].params
+    rows = finish(run_folder, "export", "--study", "quickstart", "--format", "csv").splitlines()
+    assert rows[0].startswith("trial,validation_accuracy,")
+
+
+def test_optunas_own_tools_read_the_study(run_folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "optuna", "trials", "--storage",
+         f"sqlite:///{run_folder}/study.db", "--study-name", "quickstart", "-f", "json"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    if "No module named optuna.__main__" in done.stderr:  # the command is a script of its own
+        command = Path(sys.executable).with_name("optuna")
+        done = subprocess.run([str(command), *done.args[3:]], capture_output=True, text=True)
+    assert len(json.loads(done.stdout)) == 4, done.stderr
+
+
+def test_another_space_or_epochs_is_refused_with_what_differs(run_folder, tmp_path):
+    before = (run_folder / "study.db").read_bytes()
+    process = start(run_folder, "--study", "quickstart", "--trials", "5", "--epochs", "3")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "epochs was 2.0 and is now 3.0" in output
+    source = (ROOT / "studies" / "quickstart.py").read_text()
+    changed = tmp_path / "quickstart.py"
+    changed.write_text(source.replace("max_shift = 1", "max_shift = 2"))
+    process = start(run_folder, "--study", str(changed), "--trials", "5", "--epochs", "2")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "shift was" in output
+    assert (run_folder / "study.db").read_bytes() == before
+
+
+def test_a_changed_model_is_noticed_and_made_again(run_folder):
+    model = run_folder / "models" / sorted(os.listdir(run_folder / "models"))[0]
+    before = artifacts.sha256(model)
+    model.write_bytes(b"tampered with")
+    output = finish(run_folder, *SMALL)
+    assert f"{model} is missing or not what was written" in output
+    assert artifacts.sha256(model) != before  # trained again; the file holds its time of writing
+    record = study_of(run_folder).user_attrs[f"retrained:{model.stem}"]
+    assert artifacts.sha256(model) == record["model_sha256"]
+    test_every_artifact_is_the_one_that_the_study_names(run_folder)
+
+
+def test_more_seeds_train_only_what_is_missing(run_folder):
+    before = {p.name: artifacts.sha256(p) for p in (run_folder / "models").iterdir()}
+    finish(run_folder, "retrain", "--study", "quickstart", "--seeds", "3")
+    after = {p.name: artifacts.sha256(p) for p in (run_folder / "models").iterdir()}
+    assert len(after) == 3
+    assert before.items() <= after.items()
+    assert len(json.loads((run_folder / "metrics.json").read_text())["winners"][0]["seeds"]) == 3

@@ -1,0 +1,200 @@
+import random
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from search import sampling, storage
+from search.sampling import STARTUP_TRIALS, TrialSampling
+
+RATE = {"low": 1e-4, "high": 1e-1, "log": True}
+# What a space asks, in its order; `momentum` only where the optimizer is sgd.
+QUESTIONS = (
+    ("categorical", "optimizer", {"choices": ["sgd", "adam"]}),
+    ("float", "rate", RATE),
+    ("float", "momentum", {"low": 0.0, "high": 0.9}),
+    ("int", "units", {"low": 16, "high": 256, "log": True}),
+    ("int", "filters", {"low": 8, "high": 64, "step": 8}),
+    ("float", "dropout", {"low": 0.0, "high": 0.5}),
+)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens a study of that name, each time anew, as a coordinator does when it starts."""
+
+    def opened(name="study"):
+        study = storage.open_study(f"sqlite:///{tmp_path}/{name}.db", name)
+        study.get_trials(deepcopy=False)  # which of them are to be adopted
+        return study
+
+    return opened
+
+
+def fill(study, num_trials):
+    """The same finished trials each time; every fifth was pruned."""
+    rng = random.Random(1)
+    for number in range(num_trials):
+        params = {
+            "optimizer": rng.choice(["sgd", "adam"]),
+            "rate": 10 ** rng.uniform(-4, -1),
+            "units": rng.randint(16, 256),
+            "filters": rng.randrange(8, 65, 8),
+            "dropout": rng.uniform(0.0, 0.5),
+        }
+        distributions = {
+            "optimizer": CategoricalDistribution(["sgd", "adam"]),
+            "rate": FloatDistribution(1e-4, 1e-1, log=True),
+            "units": IntDistribution(16, 256, log=True),
+            "filters": IntDistribution(8, 64, step=8),
+            "dropout": FloatDistribution(0.0, 0.5),
+        }
+        if params["optimizer"] == "sgd":
+            params["momentum"] = rng.uniform(0.0, 0.9)
+            distributions["momentum"] = FloatDistribution(0.0, 0.9)
+        value = rng.random()
+        finished = {"state": TrialState.COMPLETE, "value": value}
+        if number % 5 == 4:
+            finished = {"state": TrialState.PRUNED}
+        study.add_trial(
+            create_trial(
+                params=params,
+                distributions=distributions,
+                intermediate_values={1: value},
+                **finished,
+            )
+        )
+
+
+def ask(study):
+    study.sampler = optuna.samplers.RandomSampler(seed=0)
+    return study.ask()._trial_id
+
+
+def suggest(study, trial_id, name, num_questions=len(QUESTIONS), seed=7):
+    """What the space is told that asks so many of its questions, from the first one."""
+    trial = TrialSampling(study, trial_id, name, seed)
+    answers = {}
+    for kind, question, arguments in QUESTIONS[:num_questions]:
+        if question == "momentum" and answers["optimizer"] != "sgd":
+            continue
+        answers[question] = trial.suggest(kind, question, arguments)
+    return answers
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "qmc"])
+@pytest.mark.parametrize("num_finished", [0, STARTUP_TRIALS + 8])
+def test_a_trial_adopted_half_way_is_the_trial_in_one_go(opened, name, num_finished):
+    for copy in ("whole", "broken"):
+        fill(opened(copy), num_finished)
+    whole = opened("whole")
+    trial_id = ask(whole)
+    expected = suggest(whole, trial_id, name)
+    assert ask(broken := opened("broken")) == trial_id
+    for num_questions in (0, 1, 3, 4):  # after each the coordinator dies
+        said = suggest(broken, trial_id, name, num_questions)
+        assert said.items() <= expected.items()
+        broken = opened("broken")
+    assert suggest(broken, trial_id, name) == expected
+    (stored,) = [t.params for t in opened("broken").trials if not t.state.is_finished()]
+    assert stored == expected
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "qmc"])
+@pytest.mark.parametrize("num_finished", [0, STARTUP_TRIALS + 8])
+def test_each_number_has_a_point_of_its_own(opened, name, num_finished):
+    fill(opened(), num_finished)
+    points = []
+    for _ in range(6):
+        study = opened()  # a sampler made anew repeats its first point, if it has but one seed
+        points.append(suggest(study, ask(study), name))
+    for question in ("rate", "dropout"):
+        assert len({point[question] for point in points}) == 6, points
+
+
+@pytest.mark.parametrize("name", ["tpe", "random", "qmc"])
+def test_another_seed_gives_another_point(opened, name):
+    points = []
+    for seed in (1, 2, 1):
+        study = opened(f"study-{len(points)}")
+        fill(study, STARTUP_TRIALS + 8)
+        points.append(suggest(study, ask(study), name, seed=seed))
+    assert points[0] == points[2] != points[1]
+
+
+def test_hyperparameters_of_one_trial_are_drawn_apart(opened):
+    study = opened()
+    trial = TrialSampling(study, ask(study), "random", 0)
+    unit = {"low": 0.0, "high": 1.0}
+    assert len({trial.suggest("float", name, unit) for name in "abcdef"}) == 6
+
+
+def test_tpe_follows_what_was_good(opened):
+    study = opened()
+    rng = random.Random(2)
+    for _ in range(STARTUP_TRIALS * 3):
+        rate = rng.random()
+        distributions = {"rate": FloatDistribution(0.0, 1.0)}
+        trial = create_trial(
+            params={"rate": rate}, distributions=distributions, value=-abs(rate - 0.2)
+        )
+        study.add_trial(trial)
+    drawn = []
+    for _ in range(8):
+        trial = TrialSampling(study, ask(study), "tpe", 0)
+        drawn.append(trial.suggest("float", "rate", {"low": 0.0, "high": 1.0}))
+    assert sum(abs(rate - 0.2) < 0.2 for rate in drawn) >= 7
+
+
+def test_a_point_that_was_enqueued_is_taken_as_it_is(opened):
+    fill(opened(), STARTUP_TRIALS + 8)
+    study = opened()
+    point = {"optimizer": "sgd", "rate": 0.01, "momentum": 0.5, "units": 17, "filters": 24}
+    study.enqueue_trial({**point, "dropout": 0.125})
+    assert suggest(study, ask(study), "tpe") == {**point, "dropout": 0.125}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("float", {"low": 1.0, "high": 0.0}, "low <= high"),
+        ("int", {"low": 0, "high": 9, "log": True}, "`low >= 1` must hold"),
+        ("categorical", {"choices": []}, "must contain one or more elements"),
+    ],
+)
+def test_a_range_that_is_none_is_refused(opened, kind, arguments, message):
+    study = opened()
+    trial = TrialSampling(study, ask(study), "random", 0)
+    with pytest.raises(ValueError, match=message):
+        trial.suggest(kind, "p", arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("random", optuna.samplers.RandomSampler),
+        ("qmc", optuna.samplers.QMCSampler),
+        ("tpe", optuna.samplers.TPESampler),
+    ],
+)
+def test_the_table_of_samplers(name, kind):
+    assert isinstance(sampling.sampler(name, 0), kind)
+
+
+def test_tpe_groups_conditional_hyperparameters(opened):
+    """All that exist together are drawn at once, though no trial has them all."""
+    study = opened()
+    fill(study, STARTUP_TRIALS + 8)
+    trial = TrialSampling(study, ask(study), "tpe", 0).trial
+    assert set(trial.relative_params) == {question for _, question, _ in QUESTIONS}
+
+
+def test_a_seed_is_named_by_all_its_parts():
+    parts = [(0, 1), (1, 0), (0, 1, "training"), (0, 1, "units"), ("0/1", "units2"), (0, 11)]
+    seeds = [sampling.seed_for(*of) for of in parts]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    # Studies are continued by later versions.
+    assert sampling.seed_for(0, 1, "training") == sampling.seed_for("0", "1", "training")
+    assert sampling.seed_for(0, 0) == 713683445
