@@ -13,7 +13,7 @@ import keras
 # "plateau" is a constant here: keras.callbacks.ReduceLROnPlateau lowers it, and refuses schedules.
 SCHEDULES = ("constant", "cosine", "exponential", "step", "warmup_cosine", "plateau")
 OPTIMIZERS = ("adam", "adamw", "sgd")
-WARMUP = 0.05  # fraction of the steps; a guess
+WARMUP = 0.02  # fraction of the steps: over well before a trial is first compared; a guess
 EXPONENTIAL_END = 0.01  # fraction of the first learning rate that is left at the end; a guess
 # Drops to a tenth after half and three quarters, as in the ResNet paper (arXiv:1512.03385).
 STEP_BOUNDARIES = (0.5, 0.75)

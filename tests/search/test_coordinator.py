@@ -583,7 +583,7 @@ def test_an_end_that_a_kill_cuts_off_is_finished_by_the_next(search, trials, las
         yield report(0.9, 1)
         if number == 1:
             yield last
-        yield report(0.9, 2)
+        yield report(0.95, 2)
         yield finished(value=0.9)
 
     stored = []
@@ -600,7 +600,7 @@ def test_an_end_that_a_kill_cuts_off_is_finished_by_the_next(search, trials, las
             break
     undisturbed = told(trials(run["name"])[1])
     assert undisturbed[0] == state
-    assert len(stored) >= 4
+    assert len(stored) >= 3
     assert stored == [undisturbed] * len(stored)
 
 

@@ -158,7 +158,7 @@ def test_an_unknown_kind_is_refused():
     class Other(keras_tuner.engine.hyperparameters.HyperParameter):
         pass
 
-    with pytest.raises(ValueError, match="Unknown kind of hyperparameter. Received: .*p"):
+    with pytest.raises(ValueError, match=r"Unknown kind of hyperparameter\. Received: .*p"):
         distribution(Other("p"))
 
 

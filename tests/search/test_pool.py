@@ -253,8 +253,7 @@ def test_three_deaths_before_ready_end_the_run(make, ending):
     engine.started[2].die(ending)
     rule = "3 workers in a row died before they were ready; the last ended by signal 9, see worker"
     with pytest.raises(SearchError, match=rule) as caught:
-        heard(pool)
-        heard(pool)
+        pool.wait_for_space()
     assert caught.value.detail == "ended by signal 9\nlast words"
 
 

@@ -1,4 +1,5 @@
 import random
+import shutil
 
 import optuna
 import pytest
@@ -20,12 +21,31 @@ QUESTIONS = (
 )
 
 
-@pytest.fixture
-def opened(tmp_path):
-    """Opens a study of that name, each time anew, as a coordinator does when it starts."""
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A file with the finished trials that TPE needs before it models anything, and some more."""
+    path = tmp_path_factory.mktemp("filled") / "study.db"
+    study = storage.open_study(f"sqlite:///{path}", "mine")
+    fill(study, STARTUP_TRIALS + 8)
+    study._storage.remove_session()
+    study._storage._backend.engine.dispose()
+    return path
 
-    def opened(name="study"):
-        study = storage.open_study(f"sqlite:///{tmp_path}/{name}.db", name)
+
+@pytest.fixture
+def opened(tmp_path, filled):
+    """Opens a study, each time anew, as a coordinator does when it starts.
+
+    Args:
+        name: of the file; another name is another study with the same history.
+        is_filled: whether it has a history.
+    """
+
+    def opened(name="study", *, is_filled=True):
+        path = tmp_path / f"{name}.db"
+        if is_filled and not path.exists():
+            shutil.copy(filled, path)
+        study = storage.open_study(f"sqlite:///{path}", "mine")
         study.get_trials(deepcopy=False)  # which of them are to be adopted
         return study
 
@@ -72,7 +92,7 @@ def ask(study):
     return study.ask()._trial_id
 
 
-def suggest(study, trial_id, name, num_questions=len(QUESTIONS), seed=7):
+def suggest(study, trial_id, name, num_questions=None, seed=7):
     """What the space is told that asks so many of its questions, from the first one."""
     trial = TrialSampling(study, trial_id, name, seed)
     answers = {}
@@ -84,14 +104,13 @@ def suggest(study, trial_id, name, num_questions=len(QUESTIONS), seed=7):
 
 
 @pytest.mark.parametrize("name", ["tpe", "random", "qmc"])
-@pytest.mark.parametrize("num_finished", [0, STARTUP_TRIALS + 8])
-def test_a_trial_adopted_half_way_is_the_trial_in_one_go(opened, name, num_finished):
-    for copy in ("whole", "broken"):
-        fill(opened(copy), num_finished)
-    whole = opened("whole")
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_a_trial_adopted_half_way_is_the_trial_in_one_go(opened, name, is_filled):
+    whole = opened("whole", is_filled=is_filled)
     trial_id = ask(whole)
     expected = suggest(whole, trial_id, name)
-    assert ask(broken := opened("broken")) == trial_id
+    broken = opened("broken", is_filled=is_filled)
+    assert ask(broken) == trial_id
     for num_questions in (0, 1, 3, 4):  # after each the coordinator dies
         said = suggest(broken, trial_id, name, num_questions)
         assert said.items() <= expected.items()
@@ -102,12 +121,13 @@ def test_a_trial_adopted_half_way_is_the_trial_in_one_go(opened, name, num_finis
 
 
 @pytest.mark.parametrize("name", ["tpe", "random", "qmc"])
-@pytest.mark.parametrize("num_finished", [0, STARTUP_TRIALS + 8])
-def test_each_number_has_a_point_of_its_own(opened, name, num_finished):
-    fill(opened(), num_finished)
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_each_number_has_a_point_of_its_own(opened, name, is_filled):
     points = []
     for _ in range(6):
-        study = opened()  # a sampler made anew repeats its first point, if it has but one seed
+        study = opened(
+            is_filled=is_filled
+        )  # a sampler made anew repeats its first point, if it has but one seed
         points.append(suggest(study, ask(study), name))
     for question in ("rate", "dropout"):
         assert len({point[question] for point in points}) == 6, points
@@ -118,7 +138,6 @@ def test_another_seed_gives_another_point(opened, name):
     points = []
     for seed in (1, 2, 1):
         study = opened(f"study-{len(points)}")
-        fill(study, STARTUP_TRIALS + 8)
         points.append(suggest(study, ask(study), name, seed=seed))
     assert points[0] == points[2] != points[1]
 
@@ -131,9 +150,9 @@ def test_hyperparameters_of_one_trial_are_drawn_apart(opened):
 
 
 def test_tpe_follows_what_was_good(opened):
-    study = opened()
+    study = opened(is_filled=False)
     rng = random.Random(2)
-    for _ in range(STARTUP_TRIALS * 3):
+    for _ in range(STARTUP_TRIALS * 2):
         rate = rng.random()
         distributions = {"rate": FloatDistribution(0.0, 1.0)}
         trial = create_trial(
@@ -148,7 +167,6 @@ def test_tpe_follows_what_was_good(opened):
 
 
 def test_a_point_that_was_enqueued_is_taken_as_it_is(opened):
-    fill(opened(), STARTUP_TRIALS + 8)
     study = opened()
     point = {"optimizer": "sgd", "rate": 0.01, "momentum": 0.5, "units": 17, "filters": 24}
     study.enqueue_trial({**point, "dropout": 0.125})
@@ -185,7 +203,6 @@ def test_the_table_of_samplers(name, kind):
 def test_tpe_groups_conditional_hyperparameters(opened):
     """All that exist together are drawn at once, though no trial has them all."""
     study = opened()
-    fill(study, STARTUP_TRIALS + 8)
     trial = TrialSampling(study, ask(study), "tpe", 0).trial
     assert set(trial.relative_params) == {question for _, question, _ in QUESTIONS}
 

@@ -170,9 +170,15 @@ def test_a_lock_is_not_taken_through_a_symbolic_link(tmp_path):
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-def damaged(kind, path):
-    with_trials(f"sqlite:///{path}", 20)
-    whole = path.read_bytes()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of a sound study file."""
+    path = tmp_path_factory.mktemp("whole") / "study.db"
+    with_trials(f"sqlite:///{path}", 5)
+    return path.read_bytes()
+
+
+def damaged(kind, whole):
     return {
         "empty": b"",
         "garbage": b"this was never a database\n" * 500,
@@ -185,9 +191,9 @@ def damaged(kind, path):
 
 @pytest.mark.parametrize("kind", ["empty", "garbage", "short", "zeros", "head", "page"])
 @pytest.mark.parametrize("open_", [storage.open_study, storage.read_study])
-def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, kind, open_):
+def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, whole, kind, open_):
     path = tmp_path / "study.db"
-    content = damaged(kind, path)
+    content = damaged(kind, whole)
     path.write_bytes(content)
     rule = f"the study file {path} is damaged .*put a copy of it back"
     with pytest.raises(SearchError, match=rule) as caught:
