@@ -1,10 +1,8 @@
-"""Owns the study: asks, suggests, stores, prunes, tells; hands trials to workers.
+"""Owns the study: asks, answers, prunes, tells; hands trials to workers.
 
 It alone opens the storage. A worker that dies loses its attempt, not its trial: the same number
 runs again. A coordinator that dies loses nothing that was said: the next one adopts every trial
-that is still running. How a trial ends is written down whole (attribute `ending`) before anything
-else of its end is, so that the next coordinator can finish what a kill has cut off. So `--trials
-100` ends with exactly 100 finished trials, whatever dies.
+that is still running. So `--trials 100` ends with exactly 100 finished trials, whatever dies.
 """
 
 from __future__ import annotations
@@ -12,52 +10,24 @@ from __future__ import annotations
 import logging
 import math
 import re
-import socket
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from search import pruning, results, sampling, storage
+from search import pruning, results, sampling
 from search.errors import SearchError
 from search.pool import Event, Pool, Slot
 from search.progress import View
-from search.protocol import SUGGESTIONS, Message
 from search.settings import Settings
+from search.trial import UnfinishedTrial
 
 logger = logging.getLogger("search")
 
 # So many failures before anything has worked, all alike, are an error in the user's space.
 FAILURES_TO_STOP = 3
-# The end of an attempt that was not its own doing: not counted.
-COORDINATOR_ENDED = "coordinator ended"
-# What the coordinator stores of a trial: an objective's own attributes have other names.
-RESERVED = frozenset(
-    ("attempts", "ending", "history", "known_point", "reason", "seconds", "stderr", "traceback")
-)
-
-
-@dataclass
-class Run:
-    """A trial that is not finished, and its attempts."""
-
-    number: int
-    trial_id: int
-    attempts: list[dict[str, Any]]
-    passed: int  # the last step that an earlier attempt passed: not pruned up to there
-    sampling: sampling.TrialSampling | None = None
-    began: float = 0.0  # monotonic seconds, this attempt
-    last_step: int = 0  # reported by this attempt
-    history: dict[str, dict[str, float]] = field(default_factory=dict)
-    speed: dict[str, float] = field(default_factory=dict)
-    told: bool = False  # finished in the storage; the worker is still clearing up
-
-    @property
-    def num_counted(self) -> int:
-        return sum(attempt.get("reason") != COORDINATOR_ENDED for attempt in self.attempts)
 
 
 class Coordinator:
@@ -90,7 +60,7 @@ class Coordinator:
         # Reasons of failures, as long as nothing else has happened; else None.
         self._failures: list[str] | None
         self._failures = None if any(trial.state in usable for trial in trials) else []
-        self._running: dict[int, Run] = {}  # by slot
+        self._running: dict[int, UnfinishedTrial] = {}  # by slot
         self._waiting = deque(self._adopt())
 
     def search(self, pool: Pool) -> None:
@@ -103,8 +73,8 @@ class Coordinator:
         end = math.inf if budget is None else time.monotonic() + budget
         while self._num_finished < self._settings.trials and time.monotonic() < end:
             for slot in pool.idle():
-                if run := self._next():
-                    self._start(pool, slot, run)
+                if trial := self._next():
+                    self._start(pool, slot, trial)
             for event in pool.poll(0.25):
                 self._handle(pool, event)
             self._view.refresh(pool.slots)
@@ -112,263 +82,120 @@ class Coordinator:
         if self._num_finished < self._settings.trials:
             logger.info("the time budget is spent; trials still running can be continued later")
 
-    # Which trial next
-
-    def _adopt(self) -> list[Run]:
-        runs = []
-        for trial in self._trials():
-            if trial.state != TrialState.RUNNING:
+    def _adopt(self) -> list[UnfinishedTrial]:
+        """Trials that a lost coordinator left running; those at their end are finished here."""
+        waiting = []
+        for stored in self._trials():
+            if stored.state != TrialState.RUNNING:
                 continue
-            attempts = trial.user_attrs.get("attempts", [])
-            run = Run(trial.number, trial._trial_id, attempts, trial.last_step or 0)
-            if ending := trial.user_attrs.get("ending"):
-                self._tell(run, ending)
+            trial = UnfinishedTrial(self._study, stored)
+            if ending := trial.adopt():
+                self._ended(trial, ending)
                 continue
-            if attempts and "end" not in attempts[-1]:
-                last = attempts[-1]
-                last |= {"end": last.get("seen", last["start"]), "reason": COORDINATOR_ENDED}
-            runs.append(run)
-        if runs:
-            logger.info("continuing trials %s", ", ".join(str(run.number) for run in runs))
-        return runs
+            waiting.append(trial)
+        if waiting:
+            logger.info("continuing trials %s", ", ".join(str(trial.number) for trial in waiting))
+        return waiting
 
-    def _next(self) -> Run | None:
+    def _next(self) -> UnfinishedTrial | None:
         if self._waiting:
             return self._waiting.popleft()
-        if self._num_finished + len(self._unfinished()) >= self._settings.trials:
+        unfinished = sum(not trial.told for trial in self._running.values())
+        if self._num_finished + unfinished >= self._settings.trials:
             return None
-        tried = sum("known_point" in trial.user_attrs for trial in self._trials())
-        if tried < len(self._known_points):
-            # One at a time and whole: Optuna samples what a point leaves out, without a word.
-            self._study.enqueue_trial(self._known_points[tried], user_attrs={"known_point": tried})
+        self._enqueue_known_point()
         self._study.sampler = sampling.sampler("random", self._settings.seed)
-        trial = self._study.ask()
-        return Run(trial.number, trial._trial_id, [], 0)
+        asked = self._study.ask()
+        return UnfinishedTrial(self._study, self._study._storage.get_trial(asked._trial_id))
 
-    def _unfinished(self) -> list[Run]:
-        return [run for run in self._running.values() if not run.told]
+    def _enqueue_known_point(self) -> None:
+        """One at a time and whole: Optuna samples what a point leaves out, without a word."""
+        trials = self._trials()
+        tried = sum("known_point" in trial.user_attrs for trial in trials)
+        # One may be left in the queue by a coordinator that died before it asked.
+        queued = any(trial.state == TrialState.WAITING for trial in trials)
+        if tried < len(self._known_points) and not queued:
+            self._study.enqueue_trial(self._known_points[tried], user_attrs={"known_point": tried})
 
-    def _start(self, pool: Pool, slot: Slot, run: Run) -> None:
+    def _start(self, pool: Pool, slot: Slot, trial: UnfinishedTrial) -> None:
         settings = self._settings
-        run.sampling = sampling.TrialSampling(
-            self._study, run.trial_id, settings.sampler, settings.seed
-        )
-        run.began, run.last_step, run.history, run.speed = time.monotonic(), 0, {}, {}
         assert slot.worker is not None
-        run.attempts.append(
-            {
-                "attempt": len(run.attempts) + 1,
-                "host": socket.gethostname(),
-                "process": slot.worker.pid,
-                "device": slot.device.label,
-                "start": time.time(),
-            }
-        )
-        self._set(run, "attempts", run.attempts)
-        self._running[slot.index] = run
-        seed = sampling.seed_for(settings.seed, run.number, "training")
-        pool.give(slot, run.number, len(run.attempts), {"task": "trial", "seed": seed})
-        slot.status |= {"what": f"trial {run.number}", "step": 0}
-
-    # What a worker says
+        trial.begin(slot.worker.pid, slot.device.label, settings.sampler, settings.seed)
+        self._running[slot.index] = trial
+        seed = sampling.seed_for(settings.seed, trial.number, "training")
+        pool.give(slot, trial.number, trial.attempt, {"task": "trial", "seed": seed})
+        slot.status |= {"what": f"trial {trial.number}", "step": 0}
 
     def _handle(self, pool: Pool, event: Event) -> None:
         slot, message = event.slot, event.message
-        run = self._running.get(slot.index)
-        if run is None or event.task is None or run.number != event.task.trial:
-            return
-        if event.lost is not None:
-            del self._running[slot.index]
-            self._lost(run, event.lost)
+        trial = self._running.get(slot.index)
+        if trial is None or event.task is None or trial.number != event.task.trial:
             return
         match message["type"]:
             case "suggest":
-                pool.answer(slot, **self._suggest(run, message))
-            case "report":
-                pool.answer(slot, value=self._report(slot, run, message))
+                pool.answer(slot, **trial.suggest(message))
             case "attribute":
-                pool.answer(slot, **self._attribute(run, message))
+                pool.answer(slot, **trial.set_attribute(message))
+            case "report":
+                pool.answer(slot, value=self._report(slot, trial, message))
             case "finished":
                 del self._running[slot.index]
-                self._finished(run, message)
+                if not trial.told:
+                    self._ended(trial, trial.finish(message), message.get("traceback", ""))
+            case "lost":
+                del self._running[slot.index]
+                if not trial.told:
+                    self._lost(trial, event.lost or "")
 
-    def _suggest(self, run: Run, message: Message) -> Message:
-        if run.told:
-            return {"ended": True}
-        assert run.sampling is not None
-        name, kind = message["name"], message["kind"]
-        if kind not in SUGGESTIONS:
-            return {"error": f"A suggestion is one of {SUGGESTIONS}. Received: {kind!r}"}
-        try:
-            return {"value": run.sampling.suggest(kind, name, message["arguments"])}
-        except (ValueError, TypeError, OverflowError) as error:
-            return {"error": f"{name!r}: {error}"}
-
-    def _attribute(self, run: Run, message: Message) -> Message:
-        key = str(message["key"])
-        if run.told:
-            return {"ended": True}
-        if key in RESERVED:
-            return {"error": f"The attribute {key!r} is the coordinator's own; take another name"}
-        self._set(run, key, message["value"])
-        return {"value": None}
-
-    def _report(self, slot: Slot, run: Run, message: Message) -> bool:
-        """Store a report; whether to stop."""
-        step, value = message["step"], message["value"]
-        if run.told:
+    def _report(self, slot: Slot, trial: UnfinishedTrial, message: dict[str, Any]) -> bool:
+        """Store a report; whether the worker is to stop."""
+        if trial.told:
             return True
-        run.last_step = step
-        run.speed = message["progress"]
-        slot.status |= {"step": step, "value": value, **message["progress"]}
-        run.attempts[-1]["seen"] = time.time()
-        self._set(run, "attempts", run.attempts)
-        if message["metrics"]:
-            run.history[str(step)] = message["metrics"]
-            self._set(run, "history", run.history)
-        # The decision is made on what will be stored, and stored with it: a crash can't lose it.
-        trial = self._study._storage.get_trial(run.trial_id)
-        trial.intermediate_values[step] = value
-        if step > run.passed and self._is_behind(trial):
-            reason = f"behind at report {step}"
-            self._end(run, TrialState.PRUNED, kind="pruned", reason=reason, report=value)
-            return True
-        self._store_report(run, step, value)
-        return False
+        slot.status |= {"step": message["step"], "value": message["value"], **message["progress"]}
+        ending = trial.report(message, self._pruner)
+        if ending:
+            self._ended(trial, ending)
+        return ending is not None
 
-    def _is_behind(self, trial: optuna.trial.FrozenTrial) -> bool:
-        # A known point is run to its end, so that a search can't end below what was known.
-        known = "known_point" in trial.user_attrs
-        return not known and self._pruner.prune(self._study, trial)
-
-    def _finished(self, run: Run, message: Message) -> None:
-        if run.told:
-            return
-        match message["outcome"]:
-            case "complete":
-                self._end(run, TrialState.COMPLETE, value=message["value"])
-            case "pruned":  # the study's own objective stopped
-                self._end(run, TrialState.PRUNED, kind="pruned", reason="by the objective")
-            case "error":
-                self._set(run, "traceback", message["traceback"])
-                self._end(run, TrialState.FAIL, kind="error", reason=message["reason"])
-                self._stop_if_all_fail(message["reason"], message["traceback"])
-            case kind:  # diverged, out_of_memory
-                self._end(run, TrialState.PRUNED, kind=kind, reason=message["reason"])
-
-    def _lost(self, run: Run, how: str) -> None:
-        if run.told:
-            return
+    def _lost(self, trial: UnfinishedTrial, how: str) -> None:
         first_line, _, last_words = how.partition("\n")
-        run.attempts[-1] |= {"end": time.time(), "reason": "killed", "detail": how}
-        self._set(run, "attempts", run.attempts)
-        if run.num_counted < self._settings.max_attempts:
-            logger.info("trial %d runs again: its worker %s", run.number, first_line)
-            run.passed = max(run.passed, run.last_step)
-            self._waiting.appendleft(run)
+        if ending := trial.lose(how, self._settings.max_attempts):
+            self._ended(trial, ending, last_words)
             return
-        if last_words:
-            self._set(run, "stderr", last_words)
-        reason = f"its worker {first_line}, {run.num_counted} times"
-        self._end(run, TrialState.FAIL, kind="killed", reason=reason)
-        self._stop_if_all_fail(reason, last_words)
+        logger.info("trial %d runs again: its worker %s", trial.number, first_line)
+        self._waiting.appendleft(trial)
 
-    # What is stored
-
-    def _end(
-        self,
-        run: Run,
-        state: TrialState,
-        *,
-        kind: str = "",
-        reason: str = "",
-        value: float | None = None,
-        report: float | None = None,
-    ) -> None:
-        """Decide how a trial ends, and finish it.
-
-        Args:
-            kind: pruned, diverged, out_of_memory, error, killed; empty for a complete trial.
-            report: the last report's value, where it is stored with the decision.
-        """
-        ending = {
-            "state": state.name,
-            "kind": kind,
-            "reason": reason,
-            "value": value,
-            "step": run.last_step,
-            "report": report,
-            "speed": run.speed,
-            "seconds": round(time.monotonic() - run.began, 3),
-            "time": time.time(),
-        }
-        self._set(run, "ending", ending)
-        self._tell(run, ending)
-
-    def _tell(self, run: Run, ending: dict[str, Any]) -> None:
-        """Finish a trial as written down; may be done again after a kill at any point of it."""
-        state, kind, step = TrialState[ending["state"]], ending["kind"], ending["step"]
-        if ending["report"] is not None:
-            self._store_report(run, step, ending["report"])
-        if run.passed > step:
-            storage.drop_reports_after(self._study, run.trial_id, step)
-        run.attempts[-1] |= {"end": ending["time"], "reason": kind or "complete"}
-        self._set(run, "attempts", run.attempts)
-        self._set(run, "seconds", ending["seconds"])
-        for name, figure in ending["speed"].items():
-            self._set(run, name, round(figure, 3))
-        if kind:
-            self._set(run, "reason", f"{kind}: {ending['reason']}")
-        if state == TrialState.PRUNED and kind != "pruned":
-            self._make_infeasible(run, kind)
-        self._study.sampler = sampling.sampler("random", 0)
-        self._study.tell(run.number, ending["value"], state=state)
-        run.told = True
+    def _ended(self, trial: UnfinishedTrial, ending: dict[str, Any], detail: str = "") -> None:
+        """Count and show a finished trial; stop if it shows that nothing can work."""
+        value, state = ending["value"], ending["state"].lower()
         self._num_finished += 1
-        if state != TrialState.FAIL:
-            self._failures = None
-        self._log(run, state, ending)
-
-    def _store_report(self, run: Run, step: int, value: float) -> None:
-        # Not trial.report, which keeps what a lost attempt said of this step.
-        self._study._storage.set_trial_intermediate_value(run.trial_id, step, value)
-
-    def _log(self, run: Run, state: TrialState, ending: dict[str, Any]) -> None:
-        value = ending["value"]
-        shown = f" {value:.4f}" if value is not None else f" ({ending['reason']})"
         logger.info(
-            "trial %d %s%s after %d reports, %.0f s; %d of %d finished",
-            run.number,
-            state.name.lower(),
-            shown,
+            "trial %d %s %s after %d reports, %.0f s; %d of %d finished",
+            trial.number,
+            state,
+            f"({ending['reason']})" if value is None else f"{value:.4f}",
             ending["step"],
             ending["seconds"],
             self._num_finished,
             self._settings.trials,
         )
-        self._view.finished(state.name.lower(), run.number, value)
+        self._view.finished(state, trial.number, value)
         self._view.saved = results.saved_share(self._study)
+        if state != "fail":
+            self._failures = None
+        elif self._failures is not None:
+            self._stop_if_all_fail(self._failures, ending["reason"], detail)
 
-    def _make_infeasible(self, run: Run, kind: str) -> None:
-        """A violated constraint makes TPE rank the trial last, below any that was merely slow."""
-        if kind not in self._study._storage.get_trial(run.trial_id).constraints:
-            optuna.trial.Trial(self._study, run.trial_id).set_constraint(kind, 1.0)
-
-    def _stop_if_all_fail(self, reason: str, detail: str) -> None:
-        if self._failures is None:
-            return
+    def _stop_if_all_fail(self, failures: list[str], reason: str, detail: str) -> None:
         # Alike but for the numbers in it: a point's values often stand in the message.
-        self._failures.append(re.sub(r"0x[0-9a-f]+|-?\d[\d.e+-]*", "#", reason))
-        enough = len(self._failures) >= min(FAILURES_TO_STOP, self._settings.trials)
-        if enough and len(set(self._failures)) == 1:
+        failures.append(re.sub(r"0x[0-9a-f]+|-?\d[\d.e+-]*", "#", reason))
+        enough = len(failures) >= min(FAILURES_TO_STOP, self._settings.trials)
+        if enough and len(set(failures)) == 1:
             raise SearchError(
-                f"the first {len(self._failures)} trials all failed with the same error: {reason}. "
+                f"the first {len(failures)} trials all failed with the same error: {reason}. "
                 "Mend the study's file and type the same command",
                 detail=detail,
             )
-
-    def _set(self, run: Run, key: str, value: Any) -> None:
-        self._study._storage.set_trial_user_attr(run.trial_id, key, value)
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         return self._study.get_trials(deepcopy=False)

@@ -22,7 +22,7 @@ logger = logging.getLogger("search")
 
 # A worker that grew by this much since its first task is replaced by a fresh one: Keras and
 # TensorFlow keep some memory of every model they traced.
-MAX_GROWTH = 100 * 2**20  # bytes
+MAX_GROWTH = 130 * 2**20  # bytes
 _MAX_FAILED_STARTS = 3  # workers in a row that die before they are ready
 
 

@@ -60,4 +60,9 @@ def fail(fault, trial, step):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-study = Study(name="dummy", objective=objective, trials=20)
+study = Study(
+    name="dummy",
+    objective=objective,
+    trials=20,
+    known_points=({"x": 0.6, "units": 64, "kind": "a"}, {"x": 0.5, "units": 32, "kind": "a"}),
+)

@@ -346,7 +346,8 @@ def poor(number, attempt):
     yield suggest("x")
     yield suggest("y")
     for step in (1, 2, 3, 4):
-        if (yield report(0.1 if number < 3 else 0.9, step))["value"]:
+        # Each known point is worse than the one before, and the worst of all.
+        if (yield report(0.3 - number / 10 if number < 3 else 0.9, step))["value"]:
             break
     yield finished(value=0.1)
 
@@ -395,6 +396,24 @@ def test_each_known_point_is_tried_once_whatever_dies(search, trials, num_words)
     with pytest.raises(Interrupted):
         search(dying, known_points=POINTS)
     search(dying, known_points=POINTS)
+    assert [trial.user_attrs.get("known_point") for trial in trials()] == [0, 1, 2, None]
+    assert [trial.params for trial in trials()[:3]] == list(POINTS)
+
+
+def test_a_known_point_whose_coordinator_died_before_asking_is_tried_once(search, trials):
+    def die():
+        raise Interrupted(9)
+
+    with pytest.raises(Interrupted):
+        search(poor, known_points=POINTS, prepare=lambda study: setattr(study, "ask", die))
+    assert states(trials()) == ["WAITING"]
+    waiting = []
+    search(
+        poor,
+        known_points=POINTS,
+        at_start=lambda: waiting.append(states(trials()).count("WAITING")),
+    )
+    assert waiting == [0, 0, 0, 0]
     assert [trial.user_attrs.get("known_point") for trial in trials()] == [0, 1, 2, None]
     assert [trial.params for trial in trials()[:3]] == list(POINTS)
 
@@ -520,7 +539,7 @@ def test_a_retry_is_not_pruned_where_the_lost_attempt_had_passed(search, trials,
         values = [0.5] * 9
         if number == 1:
             # Good until the second report, and the retry poor from the first.
-            values = [0.9, 0.9, 0.9] if attempt == 1 else [0.1] * 9
+            values = [0.9, 0.9] if attempt == 1 else [0.1] * 9
         for step, value in enumerate(values, 1):
             if (yield report(value, step))["value"]:
                 break

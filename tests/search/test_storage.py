@@ -1,3 +1,4 @@
+import fcntl
 import os
 import signal
 import socket
@@ -160,6 +161,23 @@ def test_a_lock_is_freed_by_an_error(tmp_path):
     with storage.lock(tmp_path / ".lock"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_its_holder_has_just_removed_is_no_lock(tmp_path, monkeypatch):
+    path = tmp_path / ".lock"
+    flock, calls = fcntl.flock, []
+
+    def slow(descriptor, operation):
+        if not calls:  # between opening and locking the holder ends
+            path.unlink()
+        calls.append(operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with storage.lock(path):
+        assert len(calls) == 2
+        with pytest.raises(SearchError, match="is being run by process"), storage.lock(path):
+            pass
 
 
 def test_a_lock_is_not_taken_through_a_symbolic_link(tmp_path):

@@ -1,0 +1,222 @@
+"""A trial from its first attempt to its end, as it is stored: every write to it is made here.
+
+How it ends is written down whole (attribute `ending`) before anything else of its end is, so that
+the next coordinator can finish what a kill has cut off, and so that a crash can't lose a decision.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from search import sampling, storage
+from search.protocol import SUGGESTIONS, Message
+
+# The end of an attempt that was not its own doing: not counted.
+COORDINATOR_ENDED = "coordinator ended"
+# What is stored of a trial here: an objective's own attributes have other names.
+RESERVED = frozenset(
+    ("attempts", "ending", "history", "known_point", "reason", "seconds", "stderr", "traceback")
+)
+
+
+class UnfinishedTrial:
+    """A trial that runs, or waits to be run again.
+
+    Args:
+        study: which this process alone writes.
+        stored: the trial, in state RUNNING.
+    """
+
+    def __init__(self, study: optuna.Study, stored: FrozenTrial):
+        self.number = stored.number
+        self.told = False  # finished in the study; a worker may still be clearing up
+        self.last_step = 0  # reported by this attempt
+        self._study = study
+        self._id = stored._trial_id
+        self._is_known_point = "known_point" in stored.user_attrs
+        self._attempts: list[dict[str, Any]] = stored.user_attrs.get("attempts", [])
+        # What is stored and did not end the trial has been passed: not pruned up to there.
+        self._passed = stored.last_step or 0
+        self._sampling: sampling.TrialSampling | None = None
+        self._began = 0.0  # monotonic seconds, this attempt
+        self._history: dict[str, dict[str, float]] = {}
+        self._speed: dict[str, float] = {}
+
+    def adopt(self) -> dict[str, Any] | None:
+        """Take over what a lost coordinator has left; its `ending` if it was at its end."""
+        ending = self._storage.get_trial(self._id).user_attrs.get("ending")
+        if ending:
+            self._tell(ending)
+        elif self._attempts and "end" not in self._attempts[-1]:
+            last = self._attempts[-1]
+            last |= {"end": last.get("seen", last["start"]), "reason": COORDINATOR_ENDED}
+        return ending
+
+    @property
+    def attempt(self) -> int:
+        """The number of the attempt that runs, from 1."""
+        return len(self._attempts)
+
+    @property
+    def num_counted(self) -> int:
+        """Attempts that the coordinator's own death did not end."""
+        return sum(attempt.get("reason") != COORDINATOR_ENDED for attempt in self._attempts)
+
+    def begin(self, process: int, device: str, sampler: str, seed: int) -> None:
+        """A new attempt, on a worker."""
+        self._sampling = sampling.TrialSampling(self._study, self._id, sampler, seed)
+        self._began, self.last_step = time.monotonic(), 0
+        self._history, self._speed = {}, {}
+        self._attempts.append(
+            {
+                "attempt": len(self._attempts) + 1,
+                "host": socket.gethostname(),
+                "process": process,
+                "device": device,
+                "start": time.time(),
+            }
+        )
+        self._set("attempts", self._attempts)
+
+    def suggest(self, message: Message) -> Message:
+        """The answer to a worker's `suggest`."""
+        name, kind = message["name"], message["kind"]
+        if self.told:
+            return {"ended": True}
+        if kind not in SUGGESTIONS:
+            return {"error": f"A suggestion is one of {SUGGESTIONS}. Received: {kind!r}"}
+        assert self._sampling is not None
+        try:
+            return {"value": self._sampling.suggest(kind, name, message["arguments"])}
+        except (ValueError, TypeError, OverflowError) as error:
+            return {"error": f"{name!r}: {error}"}
+
+    def set_attribute(self, message: Message) -> Message:
+        """The answer to a worker's `attribute`."""
+        key = str(message["key"])
+        if self.told:
+            return {"ended": True}
+        if key in RESERVED:
+            return {"error": f"The attribute {key!r} is the coordinator's own; take another name"}
+        self._set(key, message["value"])
+        return {"value": None}
+
+    def report(self, message: Message, pruner: optuna.pruners.BasePruner) -> dict[str, Any] | None:
+        """Store a worker's report; how the trial ends if it is behind, else None."""
+        step, value = message["step"], message["value"]
+        self.last_step = step
+        self._speed = message["progress"]
+        self._attempts[-1]["seen"] = time.time()
+        self._set("attempts", self._attempts)
+        if message["metrics"]:
+            self._history[str(step)] = message["metrics"]
+            self._set("history", self._history)
+        # Decided on what will be stored, and stored with it.
+        trial = self._storage.get_trial(self._id)
+        trial.intermediate_values[step] = value
+        if step > self._passed and self._is_behind(trial, pruner):
+            reason = f"behind at report {step}"
+            return self.end(TrialState.PRUNED, kind="pruned", reason=reason, report=value)
+        self._store_report(step, value)
+        return None
+
+    def lose(self, how: str, max_attempts: int) -> dict[str, Any] | None:
+        """Its worker has died; how the trial ends if that was its last attempt, else None."""
+        first_line, _, last_words = how.partition("\n")
+        self._attempts[-1] |= {"end": time.time(), "reason": "killed", "detail": how}
+        if self.num_counted >= max_attempts:
+            if last_words:
+                self._set("stderr", last_words)
+            reason = f"its worker {first_line}, {self.num_counted} times"
+            return self.end(TrialState.FAIL, kind="killed", reason=reason)
+        self._passed = max(self._passed, self.last_step)
+        self._set("attempts", self._attempts)
+        return None
+
+    def finish(self, message: Message) -> dict[str, Any]:
+        """End as a worker's `finished` says."""
+        match message["outcome"]:
+            case "complete":
+                return self.end(TrialState.COMPLETE, value=message["value"])
+            case "pruned":  # the study's own objective stopped
+                return self.end(TrialState.PRUNED, kind="pruned", reason="by the objective")
+            case "error":
+                self._set("traceback", message["traceback"])
+                return self.end(TrialState.FAIL, kind="error", reason=message["reason"])
+            case kind:  # diverged, out_of_memory
+                return self.end(TrialState.PRUNED, kind=kind, reason=message["reason"])
+
+    def end(
+        self,
+        state: TrialState,
+        *,
+        kind: str = "",
+        reason: str = "",
+        value: float | None = None,
+        report: float | None = None,
+    ) -> dict[str, Any]:
+        """Write down how the trial ends, and finish it.
+
+        Args:
+            kind: pruned, diverged, out_of_memory, error, killed; empty for a complete trial.
+            report: the last report's value, where it is stored with the decision.
+        """
+        ending = {
+            "state": state.name,
+            "kind": kind,
+            "reason": reason,
+            "value": value,
+            "step": self.last_step,
+            "report": report,
+            "speed": self._speed,
+            "seconds": round(time.monotonic() - self._began, 3),
+            "time": time.time(),
+        }
+        self._set("ending", ending)
+        self._tell(ending)
+        return ending
+
+    def _tell(self, ending: dict[str, Any]) -> None:
+        """Finish as written down; may be done again after a kill at any point of it."""
+        state, kind, step = TrialState[ending["state"]], ending["kind"], ending["step"]
+        if ending["report"] is not None:
+            self._store_report(step, ending["report"])
+        if self._passed > step:  # by an attempt that came further and was lost
+            storage.drop_reports_after(self._study, self._id, step)
+        self._attempts[-1] |= {"end": ending["time"], "reason": kind or "complete"}
+        self._set("attempts", self._attempts)
+        self._set("seconds", ending["seconds"])
+        for name, figure in ending["speed"].items():
+            self._set(name, round(figure, 3))
+        if kind:
+            self._set("reason", f"{kind}: {ending['reason']}")
+        if state == TrialState.PRUNED and kind != "pruned":
+            self._make_infeasible(kind)
+        self._study.sampler = sampling.sampler("random", 0)
+        self._study.tell(self.number, ending["value"], state=state)
+        self.told = True
+
+    def _is_behind(self, trial: FrozenTrial, pruner: optuna.pruners.BasePruner) -> bool:
+        # A known point is run to its end, so that a search can't end below what was known.
+        return not self._is_known_point and pruner.prune(self._study, trial)
+
+    def _store_report(self, step: int, value: float) -> None:
+        # Not trial.report, which keeps what a lost attempt said of this step.
+        self._storage.set_trial_intermediate_value(self._id, step, value)
+
+    def _make_infeasible(self, kind: str) -> None:
+        """A violated constraint makes TPE rank the trial last, below any that was merely slow."""
+        if kind not in self._storage.get_trial(self._id).constraints:
+            optuna.trial.Trial(self._study, self._id).set_constraint(kind, 1.0)
+
+    def _set(self, key: str, value: Any) -> None:
+        self._storage.set_trial_user_attr(self._id, key, value)
+
+    @property
+    def _storage(self) -> optuna.storages.BaseStorage:
+        return self._study._storage
