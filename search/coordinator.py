@@ -29,6 +29,9 @@ logger = logging.getLogger("search")
 # So many failures before anything has worked, all alike, are an error in the user's space.
 FAILURES_TO_STOP = 3
 
+# How long a worker may take to return from a trial that was stopped, in seconds.
+CLEARING_UP = 15
+
 
 class Coordinator:
     """Searches until the study has its number of finished trials.
@@ -78,9 +81,18 @@ class Coordinator:
             for event in pool.poll(0.25):
                 self._handle(pool, event)
             self._view.refresh(pool.slots)
-        pool.drop_tasks()  # what is left runs on next time: it is adopted
-        if self._num_finished < self._settings.trials:
+        self._leave(pool)
+
+    def _leave(self, pool: Pool) -> None:
+        """Trials that still run go on next time; workers that only clear up are waited for."""
+        if self._num_finished >= self._settings.trials:
+            end = time.monotonic() + CLEARING_UP
+            while pool.busy() and time.monotonic() < end:
+                for event in pool.poll(0.25):
+                    self._handle(pool, event)
+        else:
             logger.info("the time budget is spent; trials still running can be continued later")
+        pool.drop_tasks()
 
     def _adopt(self) -> list[UnfinishedTrial]:
         """Trials that a lost coordinator left running; those at their end are finished here."""

@@ -121,8 +121,14 @@ def _check_value(hyperparameter: Any, value: Any) -> None:
                 f"{hyperparameter.name!r} is one of {arguments['choices']}. Received: {value!r}"
             )
         return
-    if not arguments["low"] <= value <= arguments["high"]:
+    low, high, step = arguments["low"], arguments["high"], arguments["step"]
+    numbers = int if kind == "int" else int | float
+    fits = isinstance(value, numbers) and not isinstance(value, bool) and low <= value <= high
+    if fits and step is not None:  # Optuna would take one between two steps, with a warning
+        steps = (value - low) / step
+        fits = abs(steps - round(steps)) < 1e-8
+    if not fits:
+        by = "" if step in (None, 1) else f" in steps of {step}"
         raise ValueError(
-            f"{hyperparameter.name!r} lies between {arguments['low']} and {arguments['high']}. "
-            f"Received: {value!r}"
+            f"{hyperparameter.name!r} lies between {low} and {high}{by}. Received: {value!r}"
         )

@@ -22,16 +22,32 @@ def seed_for(*parts: int | str) -> int:
     return int.from_bytes(digest[:4]) >> 1
 
 
-def sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """`tpe`, `random` or `qmc`, all of which unpickle nothing that they find in a study."""
+class _PlaceByNumber(optuna.samplers.QMCSampler):
+    """Takes the trial's number for its place in the sequence.
+
+    Optuna counts how often it was asked, so that an adopted trial would go on with another point.
+    """
+
+    def __init__(self, seed: int, number: int):
+        super().__init__(seed=seed, scramble=True, warn_independent_sampling=False)
+        self._number = number
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, Any]) -> int:
+        return self._number
+
+
+def sampler(name: str, seed: int, number: int = 0) -> optuna.samplers.BaseSampler:
+    """`tpe`, `random` or `qmc`, all of which unpickle nothing that they find in a study.
+
+    Args:
+        number: of the trial; its place in the sequence of `qmc`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         if name == "qmc":
-            return optuna.samplers.QMCSampler(
-                seed=seed, scramble=True, warn_independent_sampling=False
-            )
+            return _PlaceByNumber(seed, number)
         # group: hyperparameters that exist only together are sampled jointly.
         return optuna.samplers.TPESampler(
             seed=seed,
@@ -57,7 +73,7 @@ class TrialSampling:
         # A quasi-random sequence is one only if all trials share its seed.
         joint = seed if name == "qmc" else seed_for(seed, self.trial.number)
         if "fixed_params" not in study._storage.get_trial(trial_id).system_attrs:
-            study.sampler = sampler(name, joint)
+            study.sampler = sampler(name, joint, self.trial.number)
             _ = self.trial.relative_params  # draws the joint part now, and keeps it
 
     def suggest(self, kind: str, name: str, arguments: dict[str, Any]) -> Any:

@@ -36,9 +36,9 @@ def database_path(url: str) -> Path:
         SearchError: for any other URL; it names the scheme only, since a URL may hold a password.
     """
     named = url.removeprefix(_PREFIX)
-    if named == url or named in ("", ":memory:") or set(named) & set("?%#"):
+    if named == url or named in ("", ":memory:") or set(named) & set("?%#{}"):
         raise SearchError(
-            "the study is kept in sqlite:///FILE for now, a path without ? % #. Received: a "
+            "the study is kept in sqlite:///FILE for now, a path without ? % # { }. Received: a "
             f"{url.split(':', 1)[0][:20]!r} address. Write for example "
             "--storage sqlite:///runs/cnn/study.db, or another --out",
             exit_code=EXIT_USAGE,

@@ -19,6 +19,7 @@ from search import backend
 from search.protocol import RemoteTrial
 
 MONITOR = "val_accuracy"
+_ONE_HOT_LOSSES = ("categorical_crossentropy", "categorical_focal_crossentropy")
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,9 @@ def as_loss_wants(model: keras.Model, y: np.ndarray) -> np.ndarray:
     Returns:
         (n, classes) float32, or y itself.
     """
-    loss = model.loss
-    name = loss if isinstance(loss, str) else getattr(loss, "name", type(loss).__name__)
-    if name != "categorical_crossentropy":
+    loss = keras.losses.get(model.loss)
+    function = getattr(loss, "fn", loss)  # a loss class wraps its function; `name` is the user's
+    if getattr(function, "__name__", "") not in _ONE_HOT_LOSSES:
         return y
     return np.eye(model.output_shape[-1], dtype=np.float32)[y]
 
