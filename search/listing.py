@@ -67,6 +67,9 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
         f"\n[bold]{settings.name}[/bold]: {outcome.num_finished} of {settings.trials} trials "
         "finished"
     )
+    if outcome.best and not outcome.metrics:
+        number, value = outcome.best
+        _console.print(f"best: trial {number} with {value:.4f}")
     if outcome.metrics:
         _print_winners(outcome.metrics)
     _console.print("Next:", style="bold")

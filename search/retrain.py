@@ -140,7 +140,8 @@ class Retraining:
         attempts = dict.fromkeys((job.key for job in jobs), 0)
         slots = pool.slots[: len(jobs)]
         while waiting or running:
-            for slot in [slot for slot in pool.idle() if slot in slots and waiting]:
+            idle = [slot for slot in pool.idle() if slot in slots]
+            for slot in idle[: len(waiting)]:
                 job = waiting.popleft()
                 attempts[job.key] += 1
                 running[slot.index] = job

@@ -42,6 +42,7 @@ class Outcome:
     url: str
     settings: Settings
     num_finished: int
+    best: tuple[int, float] | None  # trial and value
     metrics: dict[str, Any] | None  # None where nothing was retrained
 
 
@@ -247,7 +248,9 @@ class _Journey:
         return sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
 
     def _outcome(self, settings: Settings, figures: dict[str, Any] | None) -> Outcome:
-        return Outcome(self._folder, self._url, settings, self._num_finished(), figures)
+        assert self._study is not None
+        best = next(((t.number, t.value or 0.0) for t in results.winners(self._study, 1)), None)
+        return Outcome(self._folder, self._url, settings, self._num_finished(), best, figures)
 
 
 def _remove_partials(folder: Path) -> None:

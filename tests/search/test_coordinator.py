@@ -1,16 +1,14 @@
-from types import SimpleNamespace
-
 import optuna
 import pytest
 from optuna.trial import TrialState
 
 from search import sampling, storage
 from search.coordinator import Coordinator
-from search.devices import Device
 from search.errors import SearchError
-from search.pool import Event, Interrupted, Slot, Task
+from search.pool import Interrupted
 from search.progress import View
 from search.settings import Settings
+from tests.scripted import CRASH, LOST, ScriptedPool
 
 UNIT = {"low": 0.0, "high": 1.0, "step": None, "log": False}
 
@@ -30,58 +28,12 @@ def finished(outcome="complete", **more):
     return {"type": "finished", "outcome": outcome, "rss": 1, **more}
 
 
-LOST = {"type": "lost"}
-CRASH = {"type": "crash"}  # of the coordinator itself
-
-
 def good(number, attempt, value=0.5, steps=5):
     yield suggest("x")
     for step in range(1, steps + 1):
         if (yield report(value, step))["value"]:
             break
     yield finished(value=value)
-
-
-class ScriptedPool:
-    """Workers that say, one word at each poll, what `script(trial, attempt)` yields."""
-
-    def __init__(self, script, num_slots=1):
-        self.slots = [Slot(index, Device(threads=1)) for index in range(num_slots)]
-        for slot in self.slots:
-            slot.worker = SimpleNamespace(pid=100 + slot.index)
-        self.given = []
-        self.at_start = lambda: None
-        self._script = script
-        self._saying = {}
-        self._answers = {}
-
-    def idle(self):
-        return [slot for slot in self.slots if slot.task is None]
-
-    def give(self, slot, trial, attempt, content):
-        self.at_start()
-        self.given.append((trial, attempt, content))
-        slot.task = Task(trial, attempt, content)
-        self._saying[slot.index] = self._script(trial, attempt)
-        self._answers[slot.index] = None
-
-    def drop_tasks(self):
-        for slot in self.slots:
-            slot.task = None
-
-    def answer(self, slot, **content):
-        self._answers[slot.index] = content
-
-    def poll(self, timeout):
-        for slot in [slot for slot in self.slots if slot.task is not None]:
-            task = slot.task
-            message = self._saying[slot.index].send(self._answers[slot.index])
-            if message == CRASH:
-                raise Interrupted(9)
-            if message["type"] in ("finished", "lost"):
-                slot.task = None
-            lost = "ended by signal 9\nlast words" if message == LOST else None
-            yield Event(slot, message, lost=lost, task=task)
 
 
 @pytest.fixture

@@ -1,0 +1,193 @@
+"""Which winners are trained how long, on how many cores, and what is done again."""
+
+import pytest
+
+from search import artifacts, devices, storage
+from search.errors import SearchError
+from search.progress import View
+from search.retrain import Retraining
+from search.settings import Settings
+from tests.scripted import LOST, ScriptedPool
+
+SPEED = {"fast": 1e6, "slow": 1.0}  # images/s of the trial: its retraining takes no time, or hours
+
+
+def settings(**changed):
+    return Settings(
+        **{
+            "name": "mine",
+            "file": "mine.py",
+            "kind": "space",
+            "dataset": "digits",
+            "epochs": 4,
+            "final_epochs": None,
+            "images_per_report": 1000,
+            "batch_size": 10,
+            "trials": 3,
+            "sampler": "random",
+            "pruner": "none",
+            "first_rung": 1,
+            "reduction_factor": 2,
+            **changed,
+        }
+    )
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Three complete trials of 8 reports; trial 1 is the best, at its sixth report."""
+    study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
+    study.set_user_attr("run", {"num_reports": 8})
+    for value in (0.7, 0.9, 0.8):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        for step in range(1, 9):
+            trial.report(value - abs(step - 6) / 100, step)
+        study.tell(trial, value)
+    return study
+
+
+def retrain(study, folder, pool, speed="fast", **changed):
+    retraining = Retraining(study, settings(**changed), folder, View(-1))
+    for job in retraining.jobs:
+        job.trial.user_attrs["images_per_second"] = SPEED[speed]
+    retraining.run(pool)
+    return retraining
+
+
+def worker(folder, pool):
+    """Writes what a worker would, and notes the threads that it had."""
+
+    def script(trial, attempt):
+        return work(trial, pool.given[-1][2])
+
+    def work(trial, task):
+        slot = next(slot for slot in pool.slots if slot.task and slot.task.content is task)
+        pool.threads.append((task["task"], slot.device.threads))
+        path = folder / task["path"].removeprefix(str(folder) + "/")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{task['task']} {trial} {task.get('seed')}")
+        yield {
+            "type": "finished",
+            "outcome": "complete",
+            "rss": 1,
+            "sha256": artifacts.sha256(path),
+            "history": {"loss": [1.0]},
+            "parameters": 7,
+            "epochs": 3.0,
+        }
+
+    return script
+
+
+def pool_of(folder, num_slots=2):
+    pool = ScriptedPool(None, num_slots)
+    pool.threads = []
+    pool._script = worker(folder, pool)
+    return pool
+
+
+def given(pool, task="retrain"):
+    return [content for _, _, content in pool.given if content["task"] == task]
+
+
+def test_the_best_trials_are_trained_with_each_seed(study, tmp_path):
+    pool = pool_of(tmp_path)
+    retrain(study, tmp_path, pool, top=2, seeds=3)
+    assert [number for number, _, _ in pool.given[:6]] == [1, 1, 1, 2, 2, 2]
+    assert len({content["seed"] for content in given(pool)}) == 6
+    assert [content["task"] for _, _, content in pool.given[6:]] == ["evaluate"] * 6
+
+
+@pytest.mark.parametrize(
+    ("final_epochs", "epochs", "share"),
+    [(None, 4, 6 / 8), (20, 20, 1.0)],  # as served it best on the trial's schedule; stretched
+)
+def test_how_long_a_winner_is_trained(study, tmp_path, final_epochs, epochs, share):
+    pool = pool_of(tmp_path)
+    retrain(study, tmp_path, pool, seeds=1, final_epochs=final_epochs)
+    (content,) = given(pool)
+    assert (content["epochs"], content["share"]) == (epochs, share)
+
+
+@pytest.mark.parametrize(
+    ("speed", "seeds", "threads"),
+    [
+        ("slow", 3, [1, 1, 2]),  # the third has the machine to itself
+        ("slow", 1, [2]),
+        ("slow", 4, [1, 1, 1, 1]),
+        ("fast", 3, [1, 1, 1]),  # a new worker would cost more than it saves
+    ],
+)
+def test_fewer_jobs_than_slots_share_all_cores(study, tmp_path, monkeypatch, speed, seeds, threads):
+    monkeypatch.setattr(devices, "cores", lambda: 2)
+    pool = pool_of(tmp_path)
+    retrain(study, tmp_path, pool, speed, seeds=seeds)
+    assert [count for task, count in pool.threads if task == "retrain"] == threads
+
+
+def test_what_is_there_is_not_done_again(study, tmp_path):
+    retrain(study, tmp_path, pool_of(tmp_path), seeds=2)
+    pool = pool_of(tmp_path)
+    retraining = retrain(study, tmp_path, pool, seeds=3)
+    assert [content["task"] for _, _, content in pool.given] == ["retrain", "evaluate"]
+    assert retraining.is_done()
+
+
+def test_another_length_is_trained_and_measured_again(study, tmp_path):
+    retrain(study, tmp_path, pool_of(tmp_path), seeds=1)
+    pool = pool_of(tmp_path)
+    retrain(study, tmp_path, pool, seeds=1, final_epochs=9)
+    assert [content["task"] for _, _, content in pool.given] == ["retrain", "evaluate"]
+
+
+def test_a_deleted_prediction_is_measured_again_without_training(study, tmp_path):
+    retrain(study, tmp_path, pool_of(tmp_path), seeds=1)
+    next((tmp_path / "evaluation").iterdir()).unlink()
+    pool = pool_of(tmp_path)
+    retrain(study, tmp_path, pool, seeds=1)
+    assert [content["task"] for _, _, content in pool.given] == ["evaluate"]
+
+
+def test_a_lost_worker_s_job_runs_again_until_max_attempts(study, tmp_path):
+    pool = pool_of(tmp_path, num_slots=1)
+    work = pool._script
+
+    def dies_once(trial, attempt):
+        if attempt == 1:
+            yield LOST
+        yield from work(trial, attempt)
+
+    pool._script = dies_once
+    retrain(study, tmp_path, pool, seeds=1)
+    assert [attempt for _, attempt, _ in pool.given] == [1, 2, 1, 2]
+
+    def dies(trial, attempt):
+        yield LOST
+
+    pool._script = dies
+    with pytest.raises(SearchError, match="trial-1-seed-1 lost its worker 3 times"):
+        retrain(study, tmp_path, pool, seeds=2, max_attempts=3)
+
+
+def test_a_diverged_seed_is_noted_and_not_measured(study, tmp_path):
+    pool = pool_of(tmp_path, num_slots=1)
+    work = pool._script
+
+    def diverges_first(trial, attempt):
+        if len(pool.given) == 1:
+            yield {"type": "finished", "outcome": "diverged", "reason": "loss was nan", "rss": 1}
+        yield from work(trial, attempt)
+
+    pool._script = diverges_first
+    retraining = retrain(study, tmp_path, pool, seeds=2)
+    assert len(given(pool, "evaluate")) == 1
+    assert retraining.jobs[0].record["diverged"] == "loss was nan"
+
+
+def test_nothing_complete_is_nothing_usable(tmp_path):
+    study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
+    study.set_user_attr("run", {"num_reports": 8})
+    with pytest.raises(SearchError, match="no trial of 'mine' is complete") as caught:
+        Retraining(study, settings(), tmp_path, View(-1))
+    assert caught.value.exit_code == 5
