@@ -48,7 +48,7 @@ class View:
         self._done_before = 0
 
     def __enter__(self) -> Self:
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.DEBUG)  # each handler shows what it is there for
         logger.addHandler(self._handler())
         if self._is_live:
             self._live.start()

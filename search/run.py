@@ -76,7 +76,7 @@ def run(
             with storage.failures_named(url):
                 return _Journey(entry, folder, url, options, view).go(devices_, final)
         except (SearchError, Interrupted) as error:
-            logger.info("ended: %s", error)
+            logger.debug("ended: %s", error)  # for the file: the command line says it itself
             raise
 
 
@@ -267,6 +267,7 @@ def _check_folder(folder: Path, option: str) -> None:
             pass
         if option == "--out":
             (folder / "logs").mkdir(exist_ok=True)
+            (folder / "search.log").open("a").close()
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise SearchError(

@@ -114,11 +114,21 @@ def test_a_study_that_raises_shows_its_own_traceback(tmp_path, source, words):
     assert "search/worker.py" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["search.log", "logs"])
+def test_something_else_in_the_place_of_a_log_is_refused(tmp_path, name):
+    (tmp_path / name).mkdir() if name == "search.log" else (tmp_path / name).touch()
+    done = run(*QUICK, "--study", "quickstart", "--out", str(tmp_path))
+    assert done.returncode == 1
+    assert f"--out {tmp_path} can't be written" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_a_damaged_study_is_refused_and_left_alone(tmp_path):
     (tmp_path / "study.db").write_bytes(b"no database at all" * 100)
     done = run(*QUICK, "--study", "quickstart", "--out", str(tmp_path))
     assert done.returncode == 4
     assert "damaged" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert (tmp_path / "study.db").read_bytes() == b"no database at all" * 100
 
 
