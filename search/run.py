@@ -9,16 +9,14 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search import artifacts, catalogue, datasets, devices, export, results, storage
+from search import artifacts, catalogue, datasets, devices, export, folders, results, storage
 from search.coordinator import Coordinator
 from search.engines.local import LocalEngine
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
@@ -28,10 +26,6 @@ from search.retrain import Job, Retraining
 from search.settings import Settings, refuse_another_space, refuse_differences, resolve
 
 logger = logging.getLogger("search")
-
-# Models, predictions and the study of a usual run; less is refused before the first trial.
-NEEDED_BYTES = 200 * 2**20
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -68,9 +62,9 @@ def run(
         datasets.find(options["dataset"])
     url = storage.url_in(folder, options.get("storage"))
     devices_ = devices.share_out(str(options.get("workers") or "auto"))
-    _check_folder(folder, "--out")
-    _check_folder(storage.database_path(url).parent, "--storage")
-    with storage.lock(folder / LOCK), storage.lock(storage.lock_beside(url, entry.name)):
+    folders.check(folder, "--out")
+    folders.check(storage.database_path(url).parent, "--storage")
+    with storage.lock(folder / folders.LOCK), storage.lock(storage.lock_beside(url, entry.name)):
         view.log_to(folder / "search.log")
         try:
             with storage.failures_named(url):
@@ -102,7 +96,7 @@ class _Journey:
     def go(self, devices_: list[devices.Device], final: bool) -> Outcome:
         if outcome := self._already_done(final):
             return outcome
-        _remove_partials(self._folder)
+        folders.clean(self._folder)
         opening = {"type": "open", "file": str(self._entry.file)}
         pool = Pool(LocalEngine(self._folder / "logs"), devices_, opening)
         with _signals(pool), pool:
@@ -168,11 +162,12 @@ class _Journey:
             },
         )
         logger.info(
-            "study %s: %d trials, %s, %d workers%s",
+            "study %s: %d trials, %s, %d worker%s%s",
             settings.name,
             settings.trials,
             settings.dataset if dataset_sha256 else "own objective",
             len(pool.slots),
+            "s"[: len(pool.slots) > 1],
             f", {ready['precision']}" if ready["precision"] else "",
         )
         _warn_of_unseen_gpus(pool, ready)
@@ -251,34 +246,6 @@ class _Journey:
         assert self._study is not None
         best = next(((t.number, t.value or 0.0) for t in results.winners(self._study, 1)), None)
         return Outcome(self._folder, self._url, settings, self._num_finished(), best, figures)
-
-
-def _remove_partials(folder: Path) -> None:
-    """What killed writers left; only where this project writes, since --out may be any folder."""
-    for name in (".", "models", "evaluation", "configs"):
-        artifacts.remove_partials(folder / name)
-
-
-def _check_folder(folder: Path, option: str) -> None:
-    """Raises SearchError if the run can't be kept in `folder`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if option == "--out":
-            (folder / "logs").mkdir(exist_ok=True)
-            (folder / "search.log").open("a").close()
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise SearchError(
-            f"{option} {folder} can't be written: {error.strerror}; make it writable or take "
-            "another"
-        ) from None
-    if free < NEEDED_BYTES:
-        raise SearchError(
-            f"{option} {folder} has {free >> 20} MB free, a run needs about "
-            f"{NEEDED_BYTES >> 20} MB; free some or take another"
-        )
 
 
 def _warn_of_unseen_gpus(pool: Pool, ready: dict[str, Any]) -> None:

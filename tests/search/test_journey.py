@@ -183,3 +183,21 @@ def test_more_seeds_train_only_what_is_missing(run_folder):
     assert len(after) == 3
     assert before.items() <= after.items()
     assert len(json.loads((run_folder / "metrics.json").read_text())["winners"][0]["seeds"]) == 3
+
+
+def test_a_gpu_that_keras_does_not_see_is_pointed_out(tmp_path):
+    driver = tmp_path / "bin" / "nvidia-smi"  # a machine whose driver knows a GPU
+    driver.parent.mkdir()
+    driver.write_text("#!/bin/sh\necho 'GPU 0: a card (UUID: GPU-1)'\n")
+    driver.chmod(0o755)
+    hidden = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-m", "search", "--study", "quickstart", "--trials", "1", "--epochs", "1",
+         "--no-retrain", "--out", str(tmp_path / "run")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=hidden | {"PATH": f"{driver.parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 worker," in done.stderr  # one for the GPU
+    assert "a GPU that Keras does not see" in done.stderr
+    assert "pip install '.[cuda]'" in done.stderr
