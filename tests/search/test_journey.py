@@ -6,9 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +149,34 @@ def test_optunas_own_tools_read_the_study(run_folder):
         command = Path(sys.executable).with_name("optuna")
         done = subprocess.run([str(command), *done.args[3:]], capture_output=True, text=True)
     assert len(json.loads(done.stdout)) == 4, done.stderr
+
+
+def test_optunas_dashboard_reads_the_study(run_folder):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    dashboard = subprocess.Popen(
+        [str(Path(sys.executable).with_name("optuna-dashboard")), "--port", str(port),
+         f"sqlite:///{run_folder}/study.db"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        studies = get(f"http://127.0.0.1:{port}/api/studies")["study_summaries"]
+        assert [study["study_name"] for study in studies] == ["quickstart"]
+        detail = get(f"http://127.0.0.1:{port}/api/studies/{studies[0]['study_id']}")
+        assert len(detail["trials"]) == 4
+    finally:
+        dashboard.kill()
+        dashboard.wait()
+
+
+def get(url: str) -> dict:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return json.load(answer)
+        except urllib.error.URLError:
+            time.sleep(0.1)  # it is starting
+    raise AssertionError(f"{url} does not answer")
 
 
 def test_another_space_or_epochs_is_refused_with_what_differs(run_folder, tmp_path):
