@@ -125,8 +125,18 @@ def test_sigkill_leaves_the_old_or_the_new_file(tmp_path, num_steps, point, cont
         assert writer.stdout.readline().strip() == point
         writer.send_signal(signal.SIGKILL)
     assert final.read_bytes() == content
-    artifacts.remove_partials(tmp_path.parent)
+    artifacts.remove_partials(tmp_path)
     assert names(tmp_path) == ["a.bin"]
+
+
+def test_only_the_folder_s_own_partial_files_are_removed(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / ".folder.partial").mkdir()
+    for name in (".a.1234.partial.bin", "other/.download.partial", "kept.bin"):
+        (tmp_path / name).touch()
+    artifacts.remove_partials(tmp_path)
+    assert names(tmp_path) == [".folder.partial", "kept.bin", "other"]
+    assert names(tmp_path / "other") == [".download.partial"]
 
 
 def test_a_full_disk_is_one_line_with_path_and_bytes(tmp_path):
