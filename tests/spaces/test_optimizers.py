@@ -13,8 +13,8 @@ from spaces.optimizers import learning_rate_schedule, make_optimizer
         ("cosine", 0.1, 0.05, 0.0),
         ("exponential", 0.1, 0.01, 0.001),
         ("step", 0.1, 0.1, 0.001),
-        # 5 of 100 steps of warm-up: step 50 is 45/95 of the way down.
-        ("warmup_cosine", 0.1 / 6, 0.05 * (1 + np.cos(np.pi * 45 / 95)), 0.0),
+        # 2 of 100 steps of warm-up: step 50 is 48/98 of the way down.
+        ("warmup_cosine", 0.1 / 3, 0.05 * (1 + np.cos(np.pi * 48 / 98)), 0.0),
     ],
 )
 def test_learning_rate_at_the_start_the_middle_and_the_end(name, first, middle, last):
@@ -29,7 +29,7 @@ def test_step_drops_after_half_and_three_quarters():
 
 
 def test_warmup_rises_to_the_learning_rate_and_starts_above_zero():
-    at = learning_rate_schedule("warmup_cosine", 0.1, total_steps=100)
+    at = learning_rate_schedule("warmup_cosine", 0.1, total_steps=250)  # 5 of warm-up
     rates = [float(at(step)) for step in range(6)]
     assert rates[0] > 0
     assert np.diff(rates) == pytest.approx((0.1 - rates[0]) / 5)
