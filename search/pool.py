@@ -162,13 +162,15 @@ class Pool:
             slot: Slot = key.data
             if slot.worker is None or slot.worker.channel is not key.fileobj:
                 continue
+            events, is_lost = [], False
             try:
-                messages = slot.worker.channel.receive()
-                events = [self._hear(slot, message) for message in messages]
-            except (EOFError, ValueError, KeyError):  # the last two: it speaks no sense
-                yield from self._lost(slot)
-                continue
+                for message in slot.worker.channel.receive():
+                    events.append(self._hear(slot, message))
+            except (EOFError, ValueError, KeyError, TypeError):  # or it speaks no sense
+                is_lost = True
             yield from filter(None, events)
+            if is_lost:
+                yield from self._lost(slot)
         for slot in self.slots:
             # A child of the worker's may hold its socket open: then no end of file tells its death.
             if slot.worker and not slot.worker.is_alive() and not slot.worker.channel.is_readable():

@@ -162,12 +162,12 @@ class _Journey:
             },
         )
         logger.info(
-            "study %s: %d trials, %s, %d worker%s%s",
+            "study %s: %d trials, %s, %d %s%s",
             settings.name,
             settings.trials,
             settings.dataset if dataset_sha256 else "own objective",
             len(pool.slots),
-            "s"[: len(pool.slots) > 1],
+            "workers" if len(pool.slots) > 1 else "worker",
             f", {ready['precision']}" if ready["precision"] else "",
         )
         _warn_of_unseen_gpus(pool, ready)

@@ -243,6 +243,15 @@ def test_a_worker_that_speaks_no_sense_is_lost(busy, nonsense):
     assert busy.worker.killed
 
 
+def test_what_made_sense_before_the_nonsense_counts(busy):
+    busy.worker.say("finished", trial=4, attempt=2, rss=MB)
+    busy.worker.babble()
+    events = heard(busy.pool) + heard(busy.pool)
+    assert [event.message["type"] for event in events] == ["finished"]
+    assert busy.worker.killed
+    assert len(busy.engine.started) == 2
+
+
 @pytest.mark.parametrize("ending", [-9, 3])
 def test_three_deaths_before_ready_end_the_run(make, ending):
     pool, engine = make()
