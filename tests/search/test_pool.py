@@ -245,7 +245,7 @@ def test_a_worker_that_speaks_no_sense_is_lost(busy, nonsense):
 
 def test_what_made_sense_before_the_nonsense_counts(busy):
     busy.worker.say("finished", trial=4, attempt=2, rss=MB)
-    busy.worker.babble()
+    busy.worker._theirs.send({})
     events = heard(busy.pool) + heard(busy.pool)
     assert [event.message["type"] for event in events] == ["finished"]
     assert busy.worker.killed
