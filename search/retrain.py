@@ -92,6 +92,8 @@ class Retraining:
         """
         untrained = self._untrained()
         self._view.begin("retraining", len(untrained))
+        if untrained:
+            logger.info("retraining %s", ", ".join(job.stem for job in untrained))
         for wave in _waves(untrained, len(pool.slots)):
             self._widen(pool, wave)
             self._do(pool, wave, self._training, self._trained)
