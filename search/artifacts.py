@@ -124,26 +124,6 @@ def sha256(path: str | Path) -> str:
         ) from error
 
 
-def verify(path: str | Path, expected: str, *, fix: str) -> None:
-    """Raises SearchError (exit code 4) unless the file's SHA-256 is the one that was stored.
-
-    Args:
-        path: an artifact that the study names.
-        expected: the stored SHA-256, 64 hexadecimal digits.
-        fix: the command that makes the artifact again; it ends the message.
-    """
-    try:
-        received = sha256(path)
-    except SearchError as error:
-        raise SearchError(f"{error}: {fix}", exit_code=EXIT_DAMAGED) from error
-    if received != expected:
-        raise SearchError(
-            f"{path} is not the file that was written: its SHA-256 must be {expected}. "
-            f"Received: {received}. Fix: make it again: {fix}",
-            exit_code=EXIT_DAMAGED,
-        )
-
-
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

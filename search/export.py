@@ -30,8 +30,6 @@ from search.errors import EXIT_NOTHING_USABLE, SearchError
 from search.retrain import Job
 from search.settings import Settings
 
-FORMATS = ("yaml", "json", "csv")
-
 
 def metrics(
     study: optuna.Study, settings: Settings, jobs: list[Job], folder: Path
