@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,30 @@ def sha256(path: str | Path) -> str:
             f"{path} cannot be read: {error.strerror}. Fix: put it back or make it again",
             exit_code=EXIT_DAMAGED,
         ) from error
+
+
+def verified_models(
+    metrics: Mapping[str, Any], folder: Path, *, top: int | None = None
+) -> list[Path]:
+    """The models that a metrics.json names, the best winner's first.
+
+    Args:
+        top: how many of the winners; None for all.
+
+    Raises:
+        SearchError: if one is missing or not what was written.
+    """
+    paths = []
+    for winner in metrics["winners"][:top]:
+        for seed in winner["seeds"]:
+            path = folder / seed["model"]
+            if sha256(path) != seed["model_sha256"]:
+                raise SearchError(
+                    f"{path} is not what was written; the search's own command makes it again",
+                    exit_code=EXIT_DAMAGED,
+                )
+            paths.append(path)
+    return paths
 
 
 def _flush(path: Path) -> None:

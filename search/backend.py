@@ -75,6 +75,10 @@ def release() -> int:
     import psutil
 
     keras.utils.clear_session(free_memory=False)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()  # the compiled steps of the last model: some 100 MB
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from search.errors import EXIT_USAGE, SearchError
 
@@ -79,18 +81,61 @@ def load(file: Path) -> Study:
     if file.parent == _FOLDER:
         module = importlib.import_module(f"studies.{file.stem}")
     else:
-        sys.path.append(str(file.parent))  # so that it can import what lies beside it
-        # Its own name in sys.modules: a study in random.py must not become `random`.
-        spec = importlib.util.spec_from_file_location(f"study_in_{file.stem}", file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module.__name__] = module
-        spec.loader.exec_module(module)
+        module = _import_file(file)
     study = getattr(module, "study", None)
     if not isinstance(study, Study):
         raise ValueError(f"{file} needs a line `study = Study(...)`. Received: study={study!r}")
-    return study
+    named = {
+        field: _import(value, file.parent)
+        for field in ("space", "objective")
+        if isinstance(value := getattr(study, field), str)
+    }
+    return dataclasses.replace(study, **named) if named else study
+
+
+def is_installed(file: Path) -> bool:
+    """Whether the study is one of this package's own, which any machine has."""
+    return file.parent == _FOLDER
+
+
+def _import(reference: str, folder: Path) -> Any:
+    """What `file.py:name` (relative to the folder) or `package.module:name` refers to."""
+    source, _, name = reference.rpartition(":")
+    if not source or not name.isidentifier():
+        raise ValueError(
+            "A space or objective given as text is 'file.py:name' or 'module:name'. "
+            f"Received: {reference!r}"
+        )
+    module = _import_file(folder / source) if source.endswith(".py") else _import_module(source)
+    if not hasattr(module, name):
+        raise ValueError(f"{source} has no {name!r}. Received: {reference!r}")
+    return getattr(module, name)
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"The workers can't import {name!r} ({error}): install it, or name its file as "
+            "'file.py:name'"
+        ) from None
+
+
+def _import_file(file: Path) -> ModuleType:
+    file = file.expanduser().resolve()
+    if not file.is_file():
+        raise ValueError(f"There is no file {file}")
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # so that it can import what lies beside it
+    # Its own name in sys.modules: a study in random.py must not become `random`.
+    spec = importlib.util.spec_from_file_location(f"study_in_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _is_file(path: Path) -> bool:

@@ -6,18 +6,23 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from search.errors import EXIT_USAGE, SearchError
+
 if TYPE_CHECKING:
     import optuna
 
-from search.errors import EXIT_USAGE, SearchError
+    from search.progress import View
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _UNITS = {"s": 1, "m": 60, "h": 3600}
+PRECISIONS = ["auto", "float32", "bfloat16"]
 _YEAR = 366 * 24 * 3600
 
 
@@ -64,19 +69,27 @@ def _options(*options: Any) -> Any:
     return decorate
 
 
-_running = _options(
+_verbosity = _options(
+    click.option("-v", "--verbose", count=True, help="Every event beside the live view."),
+    click.option("-q", "--quiet", is_flag=True, help="Warnings and the result only."),
+)
+_working = _options(
     click.option("--workers", default="auto", help="auto (one per GPU, or per core) or a number."),
-    click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto"),
     click.option("--max-attempts", type=click.IntRange(1, 1000), default=3, show_default=True,
                  help="Of a trial whose worker dies."),
+)  # fmt: skip
+_running = _options(
+    _working,
+    click.option("--precision", type=click.Choice(PRECISIONS), default="auto"),
     click.option("--top", type=click.IntRange(1, 1000), default=1, show_default=True,
                  help="Winners to retrain."),
     click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True,
                  help="Trainings of each winner."),
     click.option("--final-epochs", type=_Epochs(),
                  help="Of a winner's training.  [default: the study's, else as served it best]"),
-    click.option("-v", "--verbose", count=True, help="Every event beside the live view."),
-    click.option("-q", "--quiet", is_flag=True, help="Warnings and the result only."),
+    click.option("--log", type=click.Choice(["tensorboard", "csv"]),
+                 help="Each trial's curve, for other tools."),
+    _verbosity,
 )  # fmt: skip
 
 
@@ -89,7 +102,12 @@ _running = _options(
     help="Finished trials in all, not more of them.  [default: the study's]",
 )
 @click.option("--epochs", type=_Epochs(), help="Of a trial that is not pruned.")
-@click.option("--dataset", metavar="NAME", help="fashion_mnist or digits.")
+@click.option(
+    "--dataset",
+    metavar="NAME|FILE.npz|DIR",
+    help="fashion_mnist, mnist, cifar10 or digits; a file of x_train, y_train, x_test, y_test; "
+    "a folder of train/CLASS/*.png and test/CLASS/*.png.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the study.  [default: 0]")
 @_out
 @click.option("--time-budget", type=_Duration(), help="Of the search, such as 90m.")
@@ -185,25 +203,99 @@ def retrain(study: str, out: Path | None, **options: Any) -> None:
 @_study
 @_out
 @_storage
-@click.option("--top", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--top", type=click.IntRange(1), help="How many trials.  [default: 5; python: 1]")
+@click.option("--trial", type=click.IntRange(0), help="This one only.")
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["yaml", "json", "csv"]),
+    type=click.Choice(["yaml", "json", "csv", "python"]),
     default="yaml",
     show_default=True,
+    help="python: a Keras script of its own, layer by layer.",
 )
-def export(study: str, out: Path | None, storage: str | None, top: int, format_: str) -> None:
-    """Print the best trials' values and params.
+def export(
+    study: str,
+    out: Path | None,
+    storage: str | None,
+    top: int | None,
+    trial: int | None,
+    format_: str,
+) -> None:
+    """Print the best trials' values and params, or one as a stand-alone Keras script.
 
     \b
     Example:
       fmnist-search export --study cnn --top 5 --format csv > best.csv
+      fmnist-search export --study cnn --format python > model.py
     """
-    from search import export
+    from search import export, results
 
+    if format_ == "python" and (top or 1) > 1:
+        raise click.UsageError("a script holds one model: --trial N instead of --top")
     opened, _ = _opened(study, out, storage)
-    click.echo(export.leaderboard(opened, top, format_), nl=False)
+    chosen = results.chosen(opened, top or (1 if format_ == "python" else 5), trial)
+    if format_ == "python":
+        from search import catalogue
+
+        file = catalogue.find(study).file
+        options = _stored_options(study, out, storage)
+        click.echo(export.script(opened, chosen[0], file, options), nl=False)
+        return
+    click.echo(export.leaderboard(chosen, format_), nl=False)
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--study", metavar="NAME|FILE.py", help="Whose space it is.  [default: the config's]")
+@click.option("--dataset", metavar="NAME|FILE.npz|DIR", help="[default: the config's]")
+@click.option("--out", type=click.Path(path_type=Path), help="[default: runs/CONFIG-trained]")
+@click.option("--seeds", type=click.IntRange(1, 1000), help="Trainings.  [default: the config's]")
+@click.option("--precision", type=click.Choice(PRECISIONS), help="[default: the config's]")
+@_working
+@_verbosity
+def train(config: Path, out: Path | None, **options: Any) -> None:
+    """Train an exported CONFIG.yaml again and compare its figures with the file's.
+
+    \b
+    Example:
+      fmnist-search train runs/cnn/configs/best.yaml --seeds 1
+    """
+    from search import listing, reproduce
+
+    folder = out or Path("runs") / f"{config.stem}-trained"
+    with _interruptible(), _view(options) as view:
+        figures = reproduce.train(config, folder, options, view)
+    listing.print_reproduced(figures, folder)
+
+
+@cli.command(context_settings=_CONTEXT)
+@_study
+@_out
+@click.option(
+    "--model",
+    type=click.Choice(["winner", "ensemble"]),
+    default="winner",
+    show_default=True,
+    help="ensemble: the mean of all retrained models.",
+)
+@click.option("--invert", is_flag=True, help="For dark things on light ground, where the model was "
+              "trained on light ones on dark.")  # fmt: skip
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+def predict(
+    study: str, out: Path | None, model: str, invert: bool, images: tuple[Path, ...]
+) -> None:
+    """Name the class of PNG or JPEG images, of any size, grey or colour.
+
+    \b
+    Example:
+      fmnist-search predict --study cnn shoe.png shirt.jpg
+    """
+    from search import catalogue, inference, listing
+
+    entry = catalogue.find(study)
+    folder = out or Path("runs") / entry.name
+    rows = inference.classify(folder, entry.file, images, model=model, invert=invert)
+    listing.print_classified(rows)
 
 
 def main() -> None:
@@ -226,22 +318,32 @@ def main() -> None:
 
 def _journey(study: str, out: Path | None, options: dict[str, Any]) -> None:
     from search import catalogue, listing
-    from search.pool import Interrupted
-    from search.progress import View
-    from search.run import run
+    from search.journey import run
 
     folder = out or Path("runs") / catalogue.find(study).name
-    verbosity = options.pop("verbose") - options.pop("quiet")
     final = not options.pop("no_retrain", False)
+    with _interruptible(), _view(options) as view:
+        outcome = run(study, folder, options, view, final=final)
+    listing.print_outcome(outcome, _same_run(study, out, options["storage"]))
+
+
+def _view(options: dict[str, Any]) -> View:
+    from search.progress import View
+
+    return View(options.pop("verbose") - options.pop("quiet"))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    from search.pool import Interrupted
+
     try:
-        with View(verbosity) as view:
-            outcome = run(study, folder, options, view, final=final)
+        yield
     except Interrupted as error:
         click.echo(
             "fmnist-search: interrupted; nothing is lost, the same command goes on", err=True
         )
         sys.exit(128 + error.number)
-    listing.print_outcome(outcome, _same_run(study, out, options["storage"]))
 
 
 def _opened(study: str, out: Path | None, url: str | None) -> tuple[optuna.Study, Path]:
@@ -268,5 +370,8 @@ def _same_run(study: str, out: Path | None, url: str | None) -> str:
 def _stored_options(study: str, out: Path | None, url: str | None) -> dict[str, Any]:
     """What the run began with, so that `retrain` need not be told again."""
     opened, _ = _opened(study, out, url)
-    fixed = opened.user_attrs.get("run", {}).get("fixed", {})
-    return {name: value for name, value in fixed.items() if name != "kind"}
+    run = opened.user_attrs.get("run")
+    if run is None:
+        return {}
+    options = {name: value for name, value in run["fixed"].items() if name != "kind"}
+    return options | ({"dataset": run["dataset"]["reference"]} if run["dataset"] else {})

@@ -23,6 +23,7 @@ from search.pool import Event, Pool, Slot
 from search.progress import View
 from search.settings import Settings
 from search.trial import UnfinishedTrial
+from search.trial_logs import Logs
 
 logger = logging.getLogger("search")
 
@@ -41,6 +42,7 @@ class Coordinator:
         settings: of the run.
         known_points: whole points, tried first, in this order.
         view: shows what happens.
+        logs: of the trials, for other tools.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class Coordinator:
         settings: Settings,
         known_points: list[dict[str, Any]],
         view: View,
+        logs: Logs,
     ):
         self._study = study
         self._settings = settings
         self._known_points = known_points
         self._view = view
+        self._logs = logs
         self._pruner = pruning.pruner(
             settings.pruner, settings.first_rung, settings.reduction_factor
         )
@@ -165,6 +169,9 @@ class Coordinator:
             return True
         slot.status |= {"step": message["step"], "value": message["value"], **message["progress"]}
         ending = trial.report(message, self._pruner)
+        if self._logs.is_on:
+            figures = message["step"], message["value"], message["metrics"]
+            self._logs.report(f"trial-{trial.number}", *figures, trial.params)
         if ending:
             self._ended(trial, ending)
         return ending is not None
@@ -191,6 +198,8 @@ class Coordinator:
             self._num_finished,
             self._settings.trials,
         )
+        if self._logs.is_on:
+            self._logs.end(f"trial-{trial.number}", ending["state"], value, trial.params)
         self._view.finished(state, trial.number, value)
         self._view.saved = results.saved_share(self._study)
         if state != "fail":

@@ -1,11 +1,12 @@
-"""Data sets: fetched and verified once by the coordinator, read and split by the workers.
+"""Data sets: made ready once by the coordinator, read and split by the workers.
 
     content_hash = datasets.ensure("fashion_mnist")  # coordinator, once, before trial 0
     part = datasets.load_split("fashion_mnist")      # worker: training arrays only
 
-Files lie where Keras puts them, `<KERAS_HOME>/datasets/<folder>`, so that both share one copy.
-No Keras import: the coordinator uses this file. scikit-learn loads late,
-so that `--help` stays fast.
+A reference is a name in DATASETS, the path of a .npz file (search/formats.py) or that of a folder
+of images (search/image_folder.py); a name wins. Published files lie where Keras puts them,
+`<KERAS_HOME>/datasets/<folder>`, so that both share one copy. No Keras import: the coordinator
+uses this file. scikit-learn and Pillow load late, so that `--help` stays fast.
 
 A new data set is a row of DATASETS, with a `read` function where no existing one fits.
 """
@@ -13,12 +14,8 @@ A new data set is a row of DATASETS, with a `read` function where no existing on
 from __future__ import annotations
 
 import difflib
-import gzip
 import hashlib
-import math
 import os
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +23,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from search import fetching
+from search import artifacts, fetching, formats
 from search.errors import EXIT_USAGE, SearchError
 from search.fetching import DataFile
+from search.formats import Arrays, Shape
 
 SPLIT_SEED = 20_170_825  # any fixed number; this one is the day Fashion-MNIST appeared on arXiv
 KERAS_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/"  # as in keras.datasets
 
-Arrays = tuple[np.ndarray, np.ndarray]  # (n, height, width, channels) uint8, (n,) uint8
-
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What is known of a data set without reading it."""
+    """What is known of a data set without reading its pixels."""
 
-    name: str
-    input_shape: tuple[int, int, int]  # height, width, channels
+    name: str  # of a path: its last part, such as flowers.npz
+    input_shape: Shape  # height, width, channels
     class_names: tuple[str, ...]  # the label is the position
     read: Callable[[Dataset, str], Arrays]  # (data set, "train" or "test") -> arrays
     folder: str = ""  # below <KERAS_HOME>/datasets
@@ -63,7 +59,7 @@ class Positions(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The training set in its parts, as the workers see it; y is uint8."""
+    """The training set in its parts, as the workers see it; y is of a small unsigned type."""
 
     x_train: np.ndarray  # (n, height, width, channels) uint8; fashion_mnist: n = 50 000
     y_train: np.ndarray  # (n,)
@@ -73,37 +69,66 @@ class Split(NamedTuple):
     y_monitor: np.ndarray
 
 
-def find(name: str) -> Dataset:
-    """The data set of that name, without reading it.
+class _Source(NamedTuple):
+    """How one kind of path is used; each raises SearchError where it is unusable."""
+
+    describe: Callable[[Path], tuple[Shape, tuple[str, ...]]]  # input shape, class names
+    ensure: Callable[[Path], str]  # SHA-256 of the content, after a check of all of it
+    read: Callable[[Path, str], Arrays]  # (path, "train" or "test")
+
+
+def resolve(reference: str | os.PathLike[str], relative_to: Path) -> str:
+    """The reference as it means the same in every process: a name as it is, a path made absolute.
+
+    Args:
+        relative_to: the folder from which a relative path goes; `~` is the home folder.
+    """
+    reference = os.fspath(reference)
+    path = os.path.abspath(relative_to / os.path.expanduser(reference))
+    is_path = _is_path(reference) or (reference != "" and os.path.isdir(path))
+    return path if is_path and reference not in DATASETS else reference
+
+
+def find(reference: str) -> Dataset:
+    """What is known of a data set without reading its pixels.
 
     Raises:
-        SearchError: if there is none; the message lists those known and the nearest.
+        SearchError: if there is none; the message lists those known and the nearest. If a path's
+            data are unusable, as far as that shows without pixels.
     """
-    if name in DATASETS:
-        return DATASETS[name]
-    near = difflib.get_close_matches(str(name), DATASETS, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise SearchError(
-        f"A data set is one of {', '.join(sorted(DATASETS))}. Received: {name!r}.{hint}",
-        exit_code=EXIT_USAGE,
+    if reference in DATASETS:
+        return DATASETS[reference]
+    path = _path(reference)
+    source = _source(path)
+    input_shape, class_names = source.describe(path)
+    return Dataset(
+        name=path.name,
+        input_shape=input_shape,
+        class_names=class_names,
+        read=lambda _, part: source.read(path, part),
     )
 
 
-def ensure(name: str) -> str:
-    """Makes sure that the data set is on disk and is the published one.
+def ensure(reference: str) -> str:
+    """Makes sure that the data set is on disk, complete and sound; of a name, the published one.
 
-    A missing or wrong file is fetched, and once more if the download is wrong too.
+    A published file that is missing or wrong is fetched, and once more if the download is wrong
+    too. A file of the user's is read whole; a folder's images are decoded once.
 
     Returns:
-        A SHA-256 of the content (of the files in order, or of the arrays of a bundled data set),
-        64 hexadecimal digits, for provenance.
+        A SHA-256 of the content (of the files in order, or of the arrays of a bundled data set or
+        a folder of images), 64 hexadecimal digits, for provenance.
 
     Raises:
         SearchError: if files are missing or wrong and cannot be fetched; the message lists them,
-            their MD5, their folder and the study that needs no network.
+            their hashes, their folder and the study that needs no network. If data of the user's
+            break a rule; the message names the file, the place and the fix.
     """
-    dataset = find(name)
-    files = dataset.train_files + dataset.test_files
+    if reference not in DATASETS:
+        path = _path(reference)
+        return _source(path).ensure(path)
+    dataset = DATASETS[reference]
+    files = _files(dataset)
     if not files:
         arrays = (*dataset.read(dataset, "train"), *dataset.read(dataset, "test"))
         return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
@@ -117,32 +142,31 @@ def ensure(name: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def load_train(name: str) -> Arrays:
-    """All training data; opens no test file.
+def load_train(reference: str) -> Arrays:
+    """All training data; opens no test pixels.
 
     Returns:
-        x (n, height, width, channels) uint8 with raw pixels 0-255, and y (n,) uint8.
+        x (n, height, width, channels) uint8 with raw pixels 0-255, and y (n,) of the smallest
+        unsigned type that holds the classes. Both may be read-only.
 
     Raises:
         SearchError: if a file is missing or is not what its format says; the message names it.
     """
-    dataset = find(name)
-    return dataset.read(dataset, "train")
+    return _read(reference, "train")
 
 
-def load_test(name: str) -> Arrays:
+def load_test(reference: str) -> Arrays:
     """The test data, in the shapes of `load_train`.
 
     Its one caller is search/evaluation.py, after the search has chosen: nothing may be selected
     on these figures.
     """
-    dataset = find(name)
-    return dataset.read(dataset, "test")
+    return _read(reference, "test")
 
 
-def load_split(name: str) -> Split:
+def load_split(reference: str) -> Split:
     """The training data in its fixed parts; raises what `load_train` and `split` raise."""
-    x, y = load_train(name)
+    x, y = load_train(reference)
     at = split(y)
     return Split(x[at.train], y[at.train], x[at.val], y[at.val], x[at.monitor], y[at.monitor])
 
@@ -150,21 +174,25 @@ def load_split(name: str) -> Split:
 def split(y: np.ndarray) -> Positions:
     """Stratified parts of a training set, the same at every call.
 
-    A sixth is validation (fashion_mnist: 10 000 of 60 000, as many as its test set). A quarter of
-    that, at most 2 500, is `monitor`, measured at every report; of fewer than 1 000 validation
-    images all are, because a quarter would be noise.
+    A sixth is validation (fashion_mnist: 10 000 of 60 000, as many as its test set), and at least
+    as many images as there are classes. A quarter of that, at most 2 500, is `monitor`, measured
+    at every report; of fewer than 1 000 validation images, or 4 a class, all are, because a
+    quarter would be noise. A class of a few images among thousands may be in training alone.
 
     Args:
         y: (n,) labels of the whole training set.
 
     Raises:
-        SearchError: if a class has too few images to be in every part.
+        SearchError: if a class has fewer than 2 images.
     """
-    val_size = max(round(len(y) / 6), len(np.unique(y)))
-    train, val = _stratified(np.arange(len(y)), y, val_size)
-    if len(val) < 1_000:
+    num_classes = len(np.unique(y))
+    train, val = _stratified(np.arange(len(y)), y, max(round(len(y) / 6), num_classes))
+    if len(val) < max(1_000, 4 * num_classes):
         return Positions(train, val, val)
-    _, monitor = _stratified(val, y, min(2_500, len(val) // 4))
+    counts = np.bincount(y[val], minlength=int(y.max()) + 1)
+    # A class with a single validation image can't be stratified: it counts with the largest.
+    groups = np.where(counts[y] < 2, counts.argmax(), y)
+    _, monitor = _stratified(val, groups, max(min(2_500, len(val) // 4), num_classes))
     return Positions(train, val, monitor)
 
 
@@ -183,35 +211,68 @@ def _stratified(positions: np.ndarray, y: np.ndarray, size: int) -> tuple[np.nda
     return np.sort(rest), np.sort(part)
 
 
+def _is_path(reference: str) -> bool:
+    return (
+        reference.lower().endswith(".npz")
+        or os.sep in reference
+        or reference.startswith("~")
+        or os.path.isdir(reference)
+    )
+
+
+def _path(reference: str) -> Path:
+    if _is_path(str(reference)):
+        return Path(reference).expanduser()
+    near = difflib.get_close_matches(str(reference), DATASETS, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise SearchError(
+        f"A data set is one of {', '.join(sorted(DATASETS))}, or FILE.npz, or a folder of images. "
+        f"Received: {reference!r}.{hint}",
+        exit_code=EXIT_USAGE,
+    )
+
+
+def _source(path: Path) -> _Source:
+    if os.path.isdir(path):
+        from search import image_folder
+
+        return _Source(image_folder.describe, image_folder.prepare, image_folder.load)
+    if path.suffix.lower() == ".npz" and os.path.isfile(path):
+        return _Source(formats.describe_npz, _ensure_npz, formats.read_npz)
+    what = "is neither" if os.path.exists(path) else "is not there"
+    raise SearchError(
+        "A data set's path is that of a .npz file or of a folder of images. "
+        f"Received: {path}, which {what}. Fix: check the path",
+        exit_code=EXIT_USAGE,
+    )
+
+
+def _read(reference: str, part: str) -> Arrays:
+    if reference in DATASETS:
+        dataset = DATASETS[reference]
+        return dataset.read(dataset, part)
+    path = _path(reference)
+    return _source(path).read(path, part)
+
+
+def _ensure_npz(path: Path) -> str:
+    for part in ("train", "test"):
+        formats.read_npz(path, part)
+    return artifacts.sha256(path)
+
+
 def _read_idx(dataset: Dataset, part: str) -> Arrays:
-    images, labels = dataset.train_files if part == "train" else dataset.test_files
-    folder = _folder(dataset)
-    x = _parse_idx(folder / images.name, num_dims=3)[..., np.newaxis]
-    y = _parse_idx(folder / labels.name, num_dims=1)
-    if x.shape[1:] != dataset.input_shape:
-        raise _unusable(folder / images.name, f"images are {dataset.input_shape}", x.shape[1:])
-    if len(x) != len(y):
-        raise _unusable(folder / labels.name, f"there is a label for each of {len(x)}", len(y))
-    if len(y) and y.max() >= dataset.num_classes:
-        raise _unusable(folder / labels.name, f"labels are 0-{dataset.num_classes - 1}", y.max())
-    return x, y
+    files = dataset.train_files if part == "train" else dataset.test_files
+    images, labels = (_folder(dataset) / file.name for file in files)
+    return formats.read_idx(images, labels, dataset.input_shape, dataset.num_classes)
 
 
-def _parse_idx(path: Path, *, num_dims: int) -> np.ndarray:
-    # The format: http://yann.lecun.com/exdb/mnist/ (2 zero bytes, type, dimensions, sizes, data)
-    try:
-        with gzip.open(path) as stream:
-            content = stream.read()
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unusable(path, "it is a complete gzip file", error) from error
-    header = 4 + 4 * num_dims
-    magic = bytes([0, 0, 8, num_dims])  # 8: unsigned bytes
-    if content[:4] != magic or len(content) < header:
-        raise _unusable(path, f"it starts with the bytes {magic.hex()}", content[:4].hex())
-    shape = struct.unpack(f">{num_dims}I", content[4:header])
-    if len(content) - header != math.prod(shape):
-        raise _unusable(path, f"it holds {math.prod(shape)} bytes", len(content) - header)
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+def _read_npz(dataset: Dataset, part: str) -> Arrays:
+    return formats.read_npz(_folder(dataset) / dataset.train_files[0].name, part)
+
+
+def _read_cifar10(dataset: Dataset, part: str) -> Arrays:
+    return formats.read_cifar10(_folder(dataset) / dataset.train_files[0].name, part)
 
 
 def _read_digits(dataset: Dataset, part: str) -> Arrays:
@@ -225,20 +286,17 @@ def _read_digits(dataset: Dataset, part: str) -> Arrays:
     return x[chosen], y[chosen]
 
 
+def _files(dataset: Dataset) -> tuple[DataFile, ...]:
+    return tuple(dict.fromkeys(dataset.train_files + dataset.test_files))
+
+
 def _folder(dataset: Dataset) -> Path:
-    # Keras's rule, less its silent move to /tmp when the folder is not writable.
-    home = Path(os.environ.get("KERAS_HOME") or "~/.keras")
-    try:
-        return home.expanduser() / "datasets" / dataset.folder
-    except RuntimeError as error:
-        raise SearchError(
-            f"Data sets need a folder. Received: no home folder ({error}). Fix: set KERAS_HOME"
-        ) from error
+    return fetching.keras_datasets() / dataset.folder
 
 
 def _not_fetched(dataset: Dataset, folder: Path, why: str) -> SearchError:
-    files = fetching.wrong_files(folder, dataset.train_files + dataset.test_files)
-    wrong = ", ".join(f"{file.name} (MD5 {file.md5})" for file in files)
+    files = fetching.wrong_files(folder, _files(dataset))
+    wrong = ", ".join(f"{file.name} ({file.hash})" for file in files)
     return SearchError(
         f"Data set {dataset.name}: files are missing or damaged and could not be fetched from "
         f"{dataset.url} ({why}). Fix: put {wrong} into {folder}, or set KERAS_HOME to a writable "
@@ -246,39 +304,34 @@ def _not_fetched(dataset: Dataset, folder: Path, why: str) -> SearchError:
     )
 
 
-def _unusable(path: Path, rule: str, received: object) -> SearchError:
-    return SearchError(
-        f"{path} is no usable data file: {rule}. Received: {received}. Fix: delete it; the next "
-        "run fetches it again"
-    )
-
-
+_CLOTHES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+_THINGS = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
+)  # fmt: skip
+# SHA-256 as in keras/src/datasets/mnist.py.
+_MNIST = DataFile(
+    "mnist.npz", "sha256:731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
+)
+# MD5 as published: https://www.cs.toronto.edu/~kriz/cifar.html
+_CIFAR10 = DataFile("cifar-10-binary.tar.gz", "md5:c32a1d4ab5d03f1284b67883e8d87530")
 DATASETS = {
     "fashion_mnist": Dataset(
         name="fashion_mnist",
         input_shape=(28, 28, 1),
-        class_names=(
-            "T-shirt/top",
-            "Trouser",
-            "Pullover",
-            "Dress",
-            "Coat",
-            "Sandal",
-            "Shirt",
-            "Sneaker",
-            "Bag",
-            "Ankle boot",
-        ),
+        class_names=_CLOTHES,
         read=_read_idx,
         folder="fashion-mnist",
         # MD5 as published: https://github.com/zalandoresearch/fashion-mnist#get-the-data
         train_files=(
-            DataFile("train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
-            DataFile("train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
+            DataFile("train-images-idx3-ubyte.gz", "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+            DataFile("train-labels-idx1-ubyte.gz", "md5:25c81989df183df01b3e8a0aad5dffbe"),
         ),
         test_files=(
-            DataFile("t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
-            DataFile("t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
+            DataFile("t10k-images-idx3-ubyte.gz", "md5:bef4ecab320f06d8554ea6380940ec79"),
+            DataFile("t10k-labels-idx1-ubyte.gz", "md5:bb300cfdad3c16e7a12a480ee83cd310"),
         ),
     ),
     "digits": Dataset(
@@ -286,5 +339,22 @@ DATASETS = {
         input_shape=(8, 8, 1),
         class_names=tuple("0123456789"),
         read=_read_digits,
+    ),
+    "mnist": Dataset(
+        name="mnist",
+        input_shape=(28, 28, 1),
+        class_names=tuple("0123456789"),
+        read=_read_npz,
+        train_files=(_MNIST,),
+        test_files=(_MNIST,),
+    ),
+    "cifar10": Dataset(
+        name="cifar10",
+        input_shape=(32, 32, 3),
+        class_names=_THINGS,  # the order of batches.meta.txt in the archive
+        read=_read_cifar10,
+        url="https://www.cs.toronto.edu/~kriz/",
+        train_files=(_CIFAR10,),
+        test_files=(_CIFAR10,),
     ),
 }

@@ -40,38 +40,54 @@ def predict_test(
     Raises:
         SearchError: if the test set is unusable, the model does not fit it, or the disk is full.
     """
-    import keras
-
-    from search import backend
-
-    model = keras.models.load_model(model_path, compile=False)
     x, y = datasets.load_test(dataset)
-    wanted = (datasets.find(dataset).input_shape, datasets.find(dataset).num_classes)
-    if (model.input_shape[1:], model.output_shape[-1]) != wanted:
-        raise SearchError(
-            f"A model for {dataset} maps {wanted[0]} to {wanted[1]} classes. Received: "
-            f"{model_path}, which maps {model.input_shape[1:]} to {model.output_shape[-1]}"
-        )
-    outputs = model.predict(backend.validation_batches(x, y), verbose=0)
-    arrays: dict[str, Any] = {"probabilities": as_probabilities(outputs), "labels": y}
+    arrays: dict[str, Any] = {"probabilities": predict(model_path, x), "labels": y}
     arrays |= {f"history_{name}": np.asarray(values, float) for name, values in history.items()}
     with artifacts.write_atomically(out_path) as temporary:
         np.savez(temporary, **arrays)
 
 
+def predict(model_path: str | Path, x: np.ndarray) -> np.ndarray:
+    """Class probabilities (n, classes) float32 of images (n, height, width, channels) uint8.
+
+    Raises:
+        SearchError: if the model takes images of another shape.
+    """
+    import keras
+
+    from search import backend
+
+    model = keras.models.load_model(model_path, compile=False)
+    wanted = model.input_shape[1:]
+    if len(wanted) != 3 or any(
+        size not in (None, given) for size, given in zip(wanted, x.shape[1:], strict=True)
+    ):
+        raise SearchError(f"{model_path} takes images of shape {wanted}. Received: {x.shape[1:]}")
+    labels = np.zeros(len(x), np.uint8)  # the batches have them; predict ignores them
+    return as_probabilities(model.predict(backend.validation_batches(x, labels), verbose=0))
+
+
 def as_probabilities(outputs: np.ndarray) -> np.ndarray:
-    """Softmax of what is not a distribution yet: a HyperModel of the user's may end in logits.
+    """Distributions over the classes, from whatever a HyperModel of the user's ends in.
 
     Args:
-        outputs: (n, classes), of any float type.
+        outputs: (n, classes), of any float type: probabilities, one sigmoid for each class, or
+            logits; or (n, 1), the second of two classes: a probability or a logit.
 
     Returns:
         (n, classes) float32.
     """
     outputs = np.asarray(outputs, np.float32)
+    is_logit = bool(np.any((outputs < 0) | (outputs > 1)))
+    if outputs.shape[1] == 1:
+        second = 1 / (1 + np.exp(-outputs)) if is_logit else outputs
+        return np.concatenate([1 - second, second], axis=1)
+    sums = outputs.sum(axis=1, keepdims=True)
     # The width of the tolerance is a guess that lets rounded bfloat16 outputs pass.
-    if np.all(outputs >= 0) and np.allclose(outputs.sum(axis=1), 1, atol=0.02):
+    if np.all(outputs >= 0) and np.allclose(sums, 1, atol=0.02):
         return outputs
+    if not is_logit and np.all(sums > 0):
+        return outputs / sums
     powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 

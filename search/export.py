@@ -2,14 +2,18 @@
 
 metrics.json, schema 1:
 
-    schema, study, dataset {name, sha256},
+    schema, study, study_file (None for an installed study),
+    dataset {name, reference (a name or a path), sha256, input_shape, class_names},
     training {precision, images_per_report, batch_size (where the space has none), sampler, pruner,
         study_seed},
     search {trials, complete, pruned, fail, seconds, saved_share},
     provenance {versions, backend, commit (None for an installed copy), hardware},
-    winners: [{trial, params, validation_accuracy, epochs (trained), schedule_epochs, parameters,
+    winners: [{trial, params, validation_accuracy, epochs (trained), schedule_epochs (its learning
+        rate's), share (of the schedule, that was to be trained), parameters,
         diverged (seed numbers), test {mean, std}, seeds: [{seed, model, model_sha256, evaluation,
-        evaluation_sha256, test {<figure>, per_class, confusion_matrix}}]}]
+        evaluation_sha256, test {<figure>, per_class, confusion_matrix}}]}],
+    ensemble: the mean of the probabilities of all these models, {models, test}; None for fewer
+        than two
 
 Figures are fractions, losses in nats, times in seconds; std is that of a sample, over seeds.
 """
@@ -17,18 +21,22 @@ Figures are fractions, losses in nats, times in seconds; std is that of a sample
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+from optuna.trial import FrozenTrial
 
-from search import artifacts, datasets, evaluation, provenance, results
-from search.errors import EXIT_NOTHING_USABLE, SearchError
-from search.retrain import Job
-from search.settings import Settings
+from search import artifacts, catalogue, evaluation, provenance, results
+from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
+from search.pool import run_task
+from search.retrain import Job, new_job
+from search.settings import Settings, resolve
 
 
 def metrics(
@@ -37,32 +45,13 @@ def metrics(
     """All figures of a finished run, from what retraining has left on disk.
 
     Raises:
-        SearchError: if every seed of a winner diverged.
+        SearchError: if every retraining diverged.
     """
-    by_trial: dict[int, list[Job]] = {}
-    for job in jobs:
-        by_trial.setdefault(job.trial.number, []).append(job)
-    usable = [of for of in by_trial.values() if any("evaluation" in job.record for job in of)]
-    if not usable:
-        raise SearchError(
-            f"every retraining diverged: {jobs[0].record['diverged']}; try --final-epochs or "
-            "a larger --top",
-            exit_code=EXIT_NOTHING_USABLE,
-        )
     trials = study.get_trials(deepcopy=False)
     run = study.user_attrs["run"]
     return {
         "schema": 1,
-        "study": settings.name,
-        "dataset": {"name": settings.dataset, "sha256": run["dataset_sha256"]},
-        "training": {
-            "precision": run["precision"],
-            "images_per_report": settings.images_per_report,
-            "batch_size": settings.batch_size,
-            "sampler": settings.sampler,
-            "pruner": settings.pruner,
-            "study_seed": settings.seed,
-        },
+        **subject(settings, run["dataset"], run["precision"]),
         "search": {
             "trials": sum(trial.state.is_finished() for trial in trials),
             **{
@@ -72,8 +61,47 @@ def metrics(
             "seconds": round(results.search_seconds(study), 1),
             "saved_share": round(results.saved_share(study), 4),
         },
-        "winners": [_winner(of, settings, folder) for of in usable],
+        **measured(jobs, run["dataset"]["class_names"], folder),
         "provenance": provenance.collect(),
+    }
+
+
+def subject(settings: Settings, dataset: dict[str, Any], precision: str) -> dict[str, Any]:
+    """What is trained on what, and how."""
+    return {
+        "study": settings.name,
+        "study_file": None if catalogue.is_installed(Path(settings.file)) else settings.file,
+        "dataset": dataset,
+        "training": {
+            "precision": precision,
+            "images_per_report": settings.images_per_report,
+            "batch_size": settings.batch_size,
+            "sampler": settings.sampler,
+            "pruner": settings.pruner,
+            "study_seed": settings.seed,
+        },
+    }
+
+
+def measured(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The winners' figures and those of their ensemble.
+
+    Raises:
+        SearchError: if every retraining diverged.
+    """
+    by_trial: dict[int, list[Job]] = {}
+    for job in jobs:
+        by_trial.setdefault(job.trial, []).append(job)
+    usable = [of for of in by_trial.values() if any("evaluation" in job.record for job in of)]
+    if not usable:
+        raise SearchError(
+            f"every retraining diverged: {jobs[0].record['diverged']}; try --final-epochs or "
+            "a larger --top",
+            exit_code=EXIT_NOTHING_USABLE,
+        )
+    return {
+        "winners": [_winner(of, class_names, folder) for of in usable],
+        "ensemble": _ensemble([job for of in usable for job in of], class_names, folder),
     }
 
 
@@ -94,11 +122,13 @@ def config(winner: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
     """All that is needed to train a winner again, and what it reached."""
     return {
         "study": figures["study"],
+        "study_file": figures["study_file"],
         "trial": winner["trial"],
         "params": winner["params"],
         "training": {
             "epochs": winner["epochs"],
             "schedule_epochs": winner["schedule_epochs"],
+            "share": winner["share"],
             "seeds": [seed["seed"] for seed in winner["seeds"]],
             **figures["training"],
         },
@@ -109,21 +139,15 @@ def config(winner: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def leaderboard(study: optuna.Study, top: int, format_: str) -> str:
-    """The best `top` complete trials as text.
-
-    Raises:
-        SearchError: if no trial is complete.
-    """
-    best = results.winners(study, top)
-    if not best:
-        raise SearchError(
-            f"no trial of {study.study_name!r} is complete yet: there is nothing to export",
-            exit_code=EXIT_NOTHING_USABLE,
-        )
+def leaderboard(trials: Sequence[FrozenTrial], format_: str) -> str:
+    """Trials as text: "yaml", "json" or "csv"."""
     rows = [
-        {"trial": trial.number, "validation_accuracy": trial.value, "params": trial.params}
-        for trial in best
+        {
+            "trial": trial.number,
+            "validation_accuracy": trial.value,
+            "params": trial.params,
+        }
+        for trial in trials
     ]
     if format_ == "yaml":
         return to_yaml(rows)
@@ -132,23 +156,57 @@ def leaderboard(study: optuna.Study, top: int, format_: str) -> str:
     return _to_csv(rows)
 
 
+def script(study: optuna.Study, trial: FrozenTrial, file: Path, options: dict[str, Any]) -> str:
+    """A trial as a stand-alone Keras script, trained as a winner is.
+
+    Args:
+        file: of the study.
+        options: of the run.
+
+    Raises:
+        SearchError: if a part of the model can't be written as code; it names the part.
+    """
+    run = study.user_attrs["run"]
+    if run["dataset"] is None:
+        raise SearchError(
+            f"study {study.study_name!r} has an objective of its own: there is no model to write",
+            exit_code=EXIT_USAGE,
+        )
+    settings = resolve(run["described"], str(file), options)
+    job = new_job(trial, 0, settings, run["num_reports"])
+    record = study.user_attrs.get(job.key, job.record)
+    value = "" if trial.value is None else f", validation accuracy {trial.value:.4f}"
+    data = {name: run["dataset"][name] for name in ("name", "reference", "input_shape")}
+    task = {
+        "task": "script",
+        "title": f"Trial {trial.number} of study {study.study_name}{value}",
+        "params": trial.params,
+        "seed": job.seed,
+        "epochs": record["epochs"],
+        "share": record["share"],
+        "num_images": run["num_images"],
+        "data": {**data, "num_classes": len(run["dataset"]["class_names"])},
+    }
+    prepared = {**dataclasses.asdict(settings), "precision": run["precision"]}
+    return str(run_task(file, prepared, task)["text"])
+
+
 def to_yaml(value: Any) -> str:
     import yaml
 
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
-def _winner(jobs: list[Job], settings: Settings, folder: Path) -> dict[str, Any]:
-    trial = jobs[0].trial
+def _winner(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict[str, Any]:
     measured = [job for job in jobs if "evaluation" in job.record]
-    names = datasets.find(settings.dataset).class_names
-    seeds = [_seed(job, names, folder) for job in measured]
+    seeds = [_seed(job, class_names, folder) for job in measured]
     return {
-        "trial": trial.number,
-        "params": trial.params,
-        "validation_accuracy": trial.value,
+        "trial": jobs[0].trial,
+        "params": jobs[0].params,
+        "validation_accuracy": jobs[0].value,
         "epochs": round(measured[0].record["trained_epochs"], 3),
         "schedule_epochs": measured[0].record["epochs"],
+        "share": measured[0].record["share"],
         "parameters": measured[0].record["parameters"],
         "test": evaluation.summarise([seed["test"] for seed in seeds]),
         "seeds": seeds,
@@ -156,11 +214,25 @@ def _winner(jobs: list[Job], settings: Settings, folder: Path) -> dict[str, Any]
     }
 
 
-def _seed(job: Job, class_names: tuple[str, ...], folder: Path) -> dict[str, Any]:
+def _seed(job: Job, class_names: Sequence[str], folder: Path) -> dict[str, Any]:
     names = ("seed", "model", "model_sha256", "evaluation", "evaluation_sha256")
     with np.load(folder / job.record["evaluation"]) as saved:
         test = evaluation.measure(saved["probabilities"], saved["labels"], class_names)
     return {**{name: job.record[name] for name in names}, "test": test}
+
+
+def _ensemble(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict[str, Any] | None:
+    """The soft vote of all models, each with the same weight."""
+    votes = []
+    for job in jobs:
+        if "evaluation" in job.record:
+            with np.load(folder / job.record["evaluation"]) as saved:
+                votes.append(saved["probabilities"])
+                labels = saved["labels"]
+    if len(votes) < 2:
+        return None
+    test = evaluation.measure(np.mean(votes, axis=0), labels, class_names)
+    return {"models": len(votes), "test": test}
 
 
 def _to_csv(rows: list[dict[str, Any]]) -> str:

@@ -17,21 +17,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from search.errors import SearchError
+
 logger = logging.getLogger("search")
 
 
 class DataFile(NamedTuple):
     name: str
-    md5: str
+    hash: str  # as published, with its algorithm: "md5:..." or "sha256:..."
 
 
 class NotFetched(Exception):
     """Says why in a few words."""
 
 
+def keras_datasets() -> Path:
+    """`<KERAS_HOME>/datasets`, existing or not: Keras's rule, less its silent move to /tmp.
+
+    Raises:
+        SearchError: if there is no home folder.
+    """
+    home = Path(os.environ.get("KERAS_HOME") or "~/.keras")
+    try:
+        return home.expanduser() / "datasets"
+    except RuntimeError as error:
+        raise SearchError(
+            f"Data sets need a folder. Received: no home folder ({error}). Fix: set KERAS_HOME"
+        ) from error
+
+
 def wrong_files(folder: Path, files: Iterable[DataFile]) -> list[DataFile]:
     """Those that are missing, unreadable or not what was published."""
-    return [file for file in files if _md5(folder / file.name) != file.md5]
+    return [file for file in files if _hash(folder / file.name, file.hash) != file.hash]
 
 
 def fetch(url: str, folder: Path, files: tuple[DataFile, ...]) -> None:
@@ -45,12 +62,12 @@ def fetch(url: str, folder: Path, files: tuple[DataFile, ...]) -> None:
     pooch.get_logger().setLevel("ERROR")  # it would explain each retry in a paragraph
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone_in(folder) as scratch:
+        with alone_in(folder) as scratch:
             wrong = wrong_files(folder, files)  # another process may have fetched them meanwhile
             source = pooch.create(
                 scratch,
                 url,
-                registry={f.name: f"md5:{f.md5}" for f in wrong},
+                registry={file.name: file.hash for file in wrong},
                 retry_if_failed=1,
             )
             for file in wrong:
@@ -59,27 +76,23 @@ def fetch(url: str, folder: Path, files: tuple[DataFile, ...]) -> None:
                 (scratch / file.name).chmod(0o644)  # pooch's are for their owner only
                 os.replace(scratch / file.name, folder / file.name)
     except ValueError as error:  # pooch: the hash differs, also the second time
-        raise NotFetched("the server's file has another MD5") from error
+        raise NotFetched("the server's file has another hash") from error
     except OSError as error:  # also the base class of requests' errors
         raise NotFetched(error.strerror or type(error).__name__) from error
 
 
-def _md5(path: Path) -> str | None:
-    try:
-        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    except OSError:
-        return None
-
-
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder inside `folder`, to one process at a time where it can be locked."""
+def alone_in(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder inside `folder`, to one process at a time where it can be locked.
+
+    It is removed afterwards with what is left in it; what a killed process left there, by the next.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             # The folder itself is locked: no lock file is left, and a dead owner's lock is gone.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            for left in folder.glob(".fetch-*"):  # a killed download's
+            for left in folder.glob(".fetch-*"):
                 shutil.rmtree(left, ignore_errors=True)
         except OSError:
             pass  # NFS locks no folder: each process then fetches its own copy, which is correct
@@ -87,3 +100,16 @@ def _alone_in(folder: Path) -> Iterator[Path]:
             yield Path(scratch)
     finally:
         os.close(descriptor)
+
+
+def _hash(path: Path, wanted: str) -> str | None:
+    """That of the file, by the algorithm of the wanted one."""
+    algorithm = wanted.partition(":")[0]
+    try:
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(
+                stream, lambda: hashlib.new(algorithm, usedforsecurity=False)
+            )
+    except OSError:
+        return None
+    return f"{algorithm}:{digest.hexdigest()}"

@@ -13,8 +13,9 @@ from rich.table import Table
 from search import results, storage
 from search.catalogue import Entry
 from search.errors import SearchError
+from search.inference import Classified
+from search.journey import Outcome
 from search.progress import duration
-from search.run import Outcome
 
 # Into a file or a pipe, a table is as wide as it needs to be.
 _console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
@@ -81,6 +82,33 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
         _console.print(f"  {command}", soft_wrap=True)
 
 
+def print_reproduced(figures: dict[str, Any], folder: Path) -> None:
+    """The figures of `train` beside those of the config."""
+    config, (winner,) = figures["config"], figures["winners"]
+    table = _table("", "now", "config", "difference")
+    for name in _FIGURES:
+        mean, std = winner["test"]["mean"][name], winner["test"]["std"][name]
+        was, was_std = config["test"]["mean"][name], config["test"]["std"][name]
+        table.add_row(
+            f"test {name}",
+            f"{mean:.4f} ± {std:.4f}",
+            f"{was:.4f} ± {was_std:.4f}",
+            f"{mean - was:+.4f}",
+        )
+    table.add_row("seeds", str(len(winner["seeds"])), str(len(config["training"]["seeds"])), "")
+    _console.print(table)
+    _console.print(f"models and metrics.json in {folder}", soft_wrap=True)
+
+
+def print_classified(rows: list[Classified]) -> None:
+    table = _table("image", "class", "confidence", "else")
+    for row in rows:
+        (name, confidence), *others = row.classes[:3]
+        rest = ", ".join(f"{other} {share:.1%}" for other, share in others)
+        table.add_row(row.image, name, f"{confidence:.1%}", rest)
+    _console.print(table)
+
+
 def _print_winners(figures: dict[str, Any]) -> None:
     search = figures["search"]
     _console.print(
@@ -97,6 +125,11 @@ def _print_winners(figures: dict[str, Any]) -> None:
     table.add_row("epochs", *(f"{winner['epochs']:g}" for winner in winners))
     table.add_row("parameters", *(f"{winner['parameters']:,}" for winner in winners))
     _console.print(table)
+    if ensemble := figures["ensemble"]:
+        _console.print(
+            f"ensemble of {ensemble['models']} models: test accuracy "
+            f"{ensemble['test']['accuracy']:.4f}, loss {ensemble['test']['loss']:.4f}"
+        )
 
 
 def _run_of(folder: Path, name: str) -> str:

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import keras
 import keras_tuner
+import numpy as np
 
 from search import artifacts, backend, datasets, training
+from search.hypermodel import (
+    Images,
+    Space,
+    check_can_be_loaded,
+    ends_in_float32,
+    trains_itself,
+    value_of_fit,
+)
 from search.hyperparameters import ReplayedHyperParameters, TrialHyperParameters, describe
 from search.protocol import Message, RemoteTrial
 from studies.study import Study
 
+Data = tuple[np.ndarray, np.ndarray]
+
 
 class KerasTasks:
-    """The tasks of a study with a space. Holds the training data; never sees the test set.
+    """The tasks of a study with a space. Only `evaluate` sees the test set.
 
     Args:
         study: with a space.
@@ -28,21 +39,38 @@ class KerasTasks:
     def __init__(self, study: Study, settings: Message):
         self._study = study
         self._settings = settings
-        self._dataset = datasets.find(settings["dataset"])
         self.precision = backend.use_precision(settings["precision"])
-        self._split = datasets.load_split(settings["dataset"])
+
+    @cached_property
+    def _dataset(self) -> datasets.Dataset:
+        return datasets.find(self._settings["dataset"])
+
+    @cached_property
+    def _split(self) -> datasets.Split:
+        return datasets.load_split(self._settings["dataset"])
 
     def describe(self) -> Message:
-        """The space, and the study's known points made whole."""
+        """The space, and the study's known points made whole.
+
+        Raises:
+            ValueError: if the space's default point, or a known one, can't be used.
+        """
         hp = keras_tuner.HyperParameters()
         space = self._space(self._search_images)
-        _build(space, hp)
-        points = [self._complete(space, point) for point in self._study.known_points]
+        model = space.build(hp)
+        described = describe(hp)
+        check_can_be_loaded(model)
+        if self._settings["precision"] == "auto" and not ends_in_float32(model):
+            # A space that wasn't written for mixed precision ends in bfloat16, which has so few
+            # digits that probabilities tie.
+            self.precision = backend.use_precision("float32")
         return {
-            "space": describe(hp),
-            "known_points": points,
+            "space": described,
+            "known_points": [self._complete(space, point) for point in self._study.known_points],
             "precision": self.precision,
             "num_reports": self._num_reports,
+            "images_per_epoch": len(self._split.x_train),
+            "num_images": len(self._split.x_train) + len(self._split.x_val),
         }
 
     def trial(self, trial: RemoteTrial, message: Message) -> Message:
@@ -50,27 +78,24 @@ class KerasTasks:
         keras.utils.set_random_seed(message["seed"])
         space = self._space(self._search_images)
         hp = TrialHyperParameters(trial)
-        model = _build(space, hp)
+        model = space.build(hp)
         # Now, since a trial that is pruned is finished before this function is.
         trial.set_user_attr("parameters", model.count_params())
-        batch_size = hp.values.get("batch_size", self._study.batch_size)
-        plan = self._plan(len(self._split.x_train), self._num_reports, batch_size, message["seed"])
-        report = training.Report(trial, plan.images_per_report)
-        best_weights = keras.callbacks.EarlyStopping(
-            training.MONITOR, mode="max", patience=plan.num_reports, restore_best_weights=True
-        )
-        training.train(
-            model,
-            (self._split.x_train, self._split.y_train),
-            plan,
-            validation_data=(self._split.x_monitor, self._split.y_monitor),
-            callbacks=[*_callbacks(space, hp), best_weights, report],
-        )
+        train = self._split.x_train, self._split.y_train
+        report = training.Report(trial, self._images_per_report)
+        value = None
+        if trains_itself(self._study.space):
+            value = self._fit_itself(space, hp, model, train, report)
+        else:
+            self._fit(space, hp, model, train, report, message["seed"])
         if report.diverged:
             return {"outcome": "diverged", "reason": report.diverged}
         if report.pruned:
             return {"outcome": "pruned"}
-        value = training.accuracy(model, (self._split.x_val, self._split.y_val))
+        if value is None:
+            value = training.accuracy(model, (self._split.x_val, self._split.y_val))
+        if not math.isfinite(value):
+            return {"outcome": "diverged", "reason": f"the value was {value}"}
         return {"outcome": "complete", "value": value}
 
     def retrain(self, tell: Callable[..., None], message: Message) -> Message:
@@ -82,36 +107,39 @@ class KerasTasks:
         """
         keras.utils.set_random_seed(message["seed"])
         x, y = datasets.load_train(self._settings["dataset"])
-        total = round(message["epochs"] * len(x))
-        space = self._space(total)
+        space = self._space(round(message["epochs"] * len(x)))
         hp = ReplayedHyperParameters(message["params"])
-        model = _build(space, hp)
-        hp.check_all_read()
-        num_reports = max(1, round(total * message["share"] / self._settings["images_per_report"]))
-        batch_size = hp.values.get("batch_size", self._study.batch_size)
-        plan = self._plan(len(x), num_reports, batch_size, message["seed"])
-        history = training.train(
-            model,
-            (x, y),
-            plan,
-            validation_data=None,
-            callbacks=[
-                *_callbacks(space, hp),
-                training.Progress(tell, plan),
-                keras.callbacks.TerminateOnNaN(),
-            ],
-        )
-        if not math.isfinite(history["loss"][-1]):
-            return {"outcome": "diverged", "reason": f"loss was {history['loss'][-1]}"}
+        model = space.build(hp)
+        if trains_itself(self._study.space):
+            num_reports = max(1, round(message["epochs"] * message["share"]))
+            progress = training.Progress(tell, num_reports, len(x))
+            self._refit_itself(space, hp, model, (x, y), progress, num_reports)
+            epochs: float = len(progress.history.get("loss", [])) or num_reports
+            hp.check_all_read()
+        else:
+            hp.check_all_read()
+            plan = self._final_plan(hp, len(x), message)
+            progress = training.Progress(tell, plan.num_reports, plan.images_per_report)
+            training.train(
+                model,
+                (x, y),
+                plan,
+                validation_data=None,
+                callbacks=[*space.callbacks(hp), progress, keras.callbacks.TerminateOnNaN()],
+            )
+            epochs = plan.num_reports * plan.steps_per_report * plan.batch_size / len(x)
+        last_loss = progress.history.get("loss", [0.0])[-1]
+        if not math.isfinite(last_loss):
+            return {"outcome": "diverged", "reason": f"loss was {last_loss}"}
         path = Path(message["path"])
         with artifacts.write_atomically(path) as beside:
             model.save(beside)
         return {
             "outcome": "complete",
             "sha256": artifacts.sha256(path),
-            "history": history,
+            "history": progress.history,
             "parameters": model.count_params(),
-            "epochs": num_reports * plan.steps_per_report * batch_size / len(x),
+            "epochs": epochs,
         }
 
     def evaluate(self, tell: Callable[..., None], message: Message) -> Message:
@@ -124,54 +152,168 @@ class KerasTasks:
         )
         return {"outcome": "complete", "sha256": artifacts.sha256(path)}
 
+    def predict(self, tell: Callable[..., None], message: Message) -> Message:
+        """Class probabilities of image files: the mean over the models."""
+        from search import evaluation, image_folder
+
+        x = np.stack(
+            [
+                image_folder.read_image(Path(image), message["input_shape"], message["invert"])
+                for image in message["images"]
+            ]
+        )
+        votes = [evaluation.predict(Path(model), x) for model in message["models"]]
+        return {"outcome": "complete", "probabilities": np.mean(votes, axis=0).tolist()}
+
+    def script(self, tell: Callable[..., None], message: Message) -> Message:
+        """A stored point as a script of its own; the data need not be there.
+
+        Args:
+            message: as of `retrain`, without a path; title, data (name, reference, input_shape,
+                num_classes) and num_images in the training set.
+        """
+        from search import source
+
+        data, num_images = message["data"], message["num_images"]
+        images = Images(data["name"], tuple(data["input_shape"]), data["num_classes"])
+        space = Space(self._study.space, images, round(message["epochs"] * num_images))
+        hp = ReplayedHyperParameters(message["params"])
+        model = space.build(hp)
+        own_fit = trains_itself(self._study.space)
+        if not own_fit:
+            hp.check_all_read()
+        plan = self._final_plan(hp, num_images, message)
+        callbacks = space.callbacks(hp)
+        for callback in callbacks:
+            training.count_in_reports(callback, plan.reports_per_epoch, has_validation=False)
+        text = source.script(
+            model,
+            source.Training(
+                seed=message["seed"],
+                precision=self.precision,
+                batch_size=plan.batch_size,
+                steps_per_report=plan.steps_per_report,
+                num_reports=plan.num_reports,
+                num_images=num_images,
+            ),
+            title=message["title"],
+            dataset=source.DataSource(
+                name=data["reference"],
+                input_shape=images.input_shape,
+                num_classes=images.num_classes,
+            ),
+            callbacks=callbacks,
+            own_fit=own_fit,
+        )
+        return {"outcome": "complete", "text": text}
+
+    def _fit(
+        self,
+        space: Space,
+        hp: TrialHyperParameters,
+        model: keras.Model,
+        train: Data,
+        report: training.Report,
+        seed: int,
+    ) -> None:
+        """Train as the product does; the model is left with its best weights."""
+        batch_size = hp.values.get("batch_size", self._study.batch_size)
+        plan = self._plan(len(train[0]), self._num_reports, batch_size, seed)
+        best_weights = keras.callbacks.EarlyStopping(
+            training.MONITOR, mode="max", patience=plan.num_reports, restore_best_weights=True
+        )
+        training.train(
+            model,
+            train,
+            plan,
+            validation_data=(self._split.x_monitor, self._split.y_monitor),
+            callbacks=[*space.callbacks(hp), best_weights, report],
+        )
+
+    def _fit_itself(
+        self,
+        space: Space,
+        hp: TrialHyperParameters,
+        model: keras.Model,
+        train: Data,
+        report: training.Report,
+    ) -> float | None:
+        """Let the space train, in whole epochs, measured on all validation images."""
+        returned = space.fit(
+            hp,
+            model,
+            (train[0], training.as_loss_wants(model, train[1])),
+            validation_data=self._validation_data(model),
+            epochs=self._num_reports,
+            callbacks=[report],
+        )
+        if report.diverged or report.pruned:
+            return None
+        return value_of_fit(returned, report.values)
+
+    def _refit_itself(
+        self,
+        space: Space,
+        hp: ReplayedHyperParameters,
+        model: keras.Model,
+        train: Data,
+        progress: training.Progress,
+        epochs: int,
+    ) -> None:
+        # A fit of the user's may unpack validation_data, so it gets some, though these images are
+        # among those that it trains on: nothing is chosen by them.
+        space.fit(
+            hp,
+            model,
+            (train[0], training.as_loss_wants(model, train[1])),
+            validation_data=self._validation_data(model),
+            epochs=epochs,
+            callbacks=[progress, keras.callbacks.TerminateOnNaN()],
+        )
+
+    def _validation_data(self, model: keras.Model) -> Data:
+        return self._split.x_val, training.as_loss_wants(model, self._split.y_val)
+
     @property
-    def _search_images(self) -> int:
-        return self._num_reports * self._settings["images_per_report"]
+    def _images_per_report(self) -> int:
+        """A whole epoch where the space trains itself, as Keras's own callbacks count."""
+        if trains_itself(self._study.space):
+            return len(self._split.x_train)
+        return int(self._settings["images_per_report"])
 
     @property
     def _num_reports(self) -> int:
         images = self._settings["epochs"] * len(self._split.x_train)
-        return max(1, round(images / self._settings["images_per_report"]))
+        return max(1, round(images / self._images_per_report))
+
+    @property
+    def _search_images(self) -> int:
+        return self._num_reports * self._images_per_report
+
+    def _final_plan(
+        self, hp: ReplayedHyperParameters, num_images: int, message: Message
+    ) -> training.Plan:
+        images = message["epochs"] * num_images * message["share"]
+        num_reports = max(1, round(images / self._settings["images_per_report"]))
+        batch_size = hp.values.get("batch_size", self._study.batch_size)
+        return self._plan(num_images, num_reports, batch_size, message["seed"])
 
     def _plan(self, num_images: int, num_reports: int, batch_size: int, seed: int) -> training.Plan:
         return training.Plan(
             num_images, self._settings["images_per_report"], num_reports, batch_size, seed
         )
 
-    def _space(self, total_images: int) -> Any:
-        """The study's HyperModel; a class is made for this data set and this length of training."""
-        space = self._study.space
-        if not inspect.isclass(space):
-            return space
-        known = {
-            "input_shape": self._dataset.input_shape,
-            "num_classes": self._dataset.num_classes,
-            "total_images": total_images,
-        }
-        taken = inspect.signature(space).parameters
-        return space(**{name: value for name, value in known.items() if name in taken})
+    def _space(self, total_images: int) -> Space:
+        data = self._dataset
+        images = Images(data.name, data.input_shape, data.num_classes)
+        return Space(self._study.space, images, total_images)
 
-    def _complete(self, space: Any, point: dict[str, Any]) -> dict[str, Any]:
+    def _complete(self, space: Space, point: dict[str, Any]) -> dict[str, Any]:
         hp = ReplayedHyperParameters(point, complete=True)
         try:
-            _build(space, hp)
-            hp.check_all_read()
+            space.build(hp)
+            if not trains_itself(self._study.space):  # what its fit reads is not known yet
+                hp.check_all_read()
         except ValueError as error:
             raise ValueError(f"known_points of study {self._study.name!r}: {error}") from None
         return dict(hp.values)
-
-
-def _build(space: Any, hp: keras_tuner.HyperParameters) -> keras.Model:
-    model = space.build(hp) if isinstance(space, keras_tuner.HyperModel) else space(hp)
-    # Which of Keras's accuracies the name means, it decides by the shape of the labels.
-    names = model.get_compile_config().get("metrics") or []
-    if "accuracy" not in names:
-        raise ValueError(
-            f"A space compiles its models with metrics=['accuracy']. Received: metrics={names}"
-        )
-    return model
-
-
-def _callbacks(space: Any, hp: keras_tuner.HyperParameters) -> list[keras.callbacks.Callback]:
-    """A space may bring callbacks of its own: a method `callbacks(hp)`, patience in epochs."""
-    return space.callbacks(hp) if hasattr(space, "callbacks") else []

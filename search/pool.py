@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import selectors
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from search.devices import Device
+from search.devices import Device, share_out
 from search.engines.local import LocalEngine, LocalWorker
 from search.errors import SearchError
 from search.protocol import Message
@@ -73,6 +75,39 @@ class Event:
     task: Task | None = None
 
 
+def run_task(file: Path, settings: Message, task: Message) -> Message:
+    """One task on one worker of its own, outside a search: the command line imports no Keras.
+
+    Args:
+        file: of the study.
+        settings: as `prepare` sends them.
+        task: its name under `task`, and its content.
+
+    Raises:
+        SearchError: if it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="fmnist-search-") as logs:
+        device = share_out("1")[0]
+        pool = Pool(LocalEngine(Path(logs)), [device], {"type": "open", "file": str(file)})
+        with pool:
+            pool.wait_for_description()
+            pool.prepare(settings, search=False)
+            pool.wait_for_space()
+            pool.give(pool.slots[0], 0, 1, task)
+            while True:
+                for event in pool.poll(1.0):
+                    if event.lost is not None:
+                        raise SearchError(
+                            f"the worker {event.lost.splitlines()[0]}", detail=event.lost
+                        )
+                    if event.message["type"] != "finished":
+                        continue
+                    if event.message["outcome"] != "complete":
+                        detail = event.message.get("traceback", "")
+                        raise SearchError(event.message["reason"], detail=detail)
+                    return event.message
+
+
 class Pool:
     """The workers of one run.
 
@@ -109,9 +144,13 @@ class Pool:
             list(self.poll(1.0))
         return self.described
 
-    def prepare(self, settings: Message) -> None:
-        """Tell every worker, now and later, what the run is; they answer when they are ready."""
-        self._preparation = {"type": "prepare", "settings": settings}
+    def prepare(self, settings: Message, *, search: bool = True) -> None:
+        """Tell every worker, now and later, what the run is; they answer when they are ready.
+
+        Args:
+            search: read the data and describe the space first.
+        """
+        self._preparation = {"type": "prepare", "settings": settings, "search": search}
         for slot in self.slots:
             if slot.worker and slot.described:
                 self._send(slot, self._preparation)

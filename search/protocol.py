@@ -3,7 +3,7 @@
     coordinator                                   worker
     open     study, options                  ->
                                              <-   described  study's settings
-    prepare  settings                        ->
+    prepare  settings, search                ->
                                              <-   ready      space, known points, devices
     start    trial, attempt, task, ...       ->
                                              <-   suggest    trial, attempt, kind, name, ...

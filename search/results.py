@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
+
 
 class Row(NamedTuple):
     """One trial."""
@@ -40,6 +42,30 @@ def winners(study: optuna.Study, top: int | None) -> list[FrozenTrial]:
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     ranked = sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))
     return ranked[:top]
+
+
+def chosen(study: optuna.Study, top: int, number: int | None) -> list[FrozenTrial]:
+    """The best `top` complete trials; or the one of that number, which may have been pruned.
+
+    Raises:
+        SearchError: if there is none.
+    """
+    if number is None:
+        if best := winners(study, top):
+            return best
+        raise SearchError(
+            f"no trial of {study.study_name!r} is complete yet: there is nothing to export",
+            exit_code=EXIT_NOTHING_USABLE,
+        )
+    trials = study.get_trials(deepcopy=False)
+    for trial in trials:
+        if trial.number == number and trial.params:
+            return [trial]
+    raise SearchError(
+        f"study {study.study_name!r} has no trial {number} with params; it has {len(trials)} "
+        "trials, see `fmnist-search show`",
+        exit_code=EXIT_USAGE,
+    )
 
 
 def best_step(trial: FrozenTrial) -> int:

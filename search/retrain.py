@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,55 +32,91 @@ WORTH_A_START = 60  # seconds of training
 
 @dataclass
 class Job:
-    """One winner with one seed; `record` is what the study holds of it."""
+    """One winner with one seed."""
 
-    trial: FrozenTrial
+    trial: int  # its number
     index: int  # of the seed, from 0
-    record: dict[str, Any]
+    seed: int
+    params: dict[str, Any]
+    value: float | None  # validation accuracy, fraction
+    images_per_second: float  # as the trial was trained
+    record: dict[str, Any]  # what is stored: epochs, share; then model, evaluation, hashes
 
     @property
     def stem(self) -> str:
-        return f"trial-{self.trial.number}-seed-{self.index}"
+        return f"trial-{self.trial}-seed-{self.index}"
 
     @property
     def key(self) -> str:
         return f"retrained:{self.stem}"
 
 
+def jobs_of(study: optuna.Study, settings: Settings) -> list[Job]:
+    """The winners of a study times the seeds, with what is stored of them.
+
+    Raises:
+        SearchError: if no trial is complete.
+    """
+    winners = results.winners(study, settings.top)
+    if not winners:
+        raise SearchError(
+            f"no trial of {settings.name!r} is complete: nothing can be retrained. "
+            "`fmnist-search show` says why; more --trials or another space may help",
+            exit_code=EXIT_NOTHING_USABLE,
+        )
+    stored = study.user_attrs
+    jobs = []
+    for trial in winners:
+        for index in range(settings.seeds):
+            job = new_job(trial, index, settings, stored["run"]["num_reports"])
+            record = stored.get(job.key, {})
+            if all(record.get(name) == value for name, value in job.record.items()):
+                job.record = record
+            jobs.append(job)
+    return jobs
+
+
+def new_job(trial: FrozenTrial, index: int, settings: Settings, num_reports: int) -> Job:
+    """A trial's training with seed number `index`, of which nothing is done yet."""
+    return Job(
+        trial.number,
+        index,
+        seed_for(settings.seed, "winner", trial.number, index),
+        trial.params,
+        trial.value,
+        trial.user_attrs.get("images_per_second", 1.0),
+        _length(trial, settings, num_reports),
+    )
+
+
 class Retraining:
-    """All winners of a run.
+    """Trains and measures winners.
 
     Args:
-        study: opened by this process alone.
+        jobs: winners times seeds; their records are filled in.
         settings: of the run.
+        images_per_epoch: for a guess of how long it takes.
         folder: of the run; models and evaluations go below it.
         view: shows what happens.
+        save: called with each job whose record has changed.
     """
 
-    def __init__(self, study: optuna.Study, settings: Settings, folder: Path, view: View):
-        winners = results.winners(study, settings.top)
-        if not winners:
-            raise SearchError(
-                f"no trial of {settings.name!r} is complete: nothing can be retrained. "
-                "`fmnist-search show` says why; more --trials or another space may help",
-                exit_code=EXIT_NOTHING_USABLE,
-            )
-        num_reports = study.user_attrs["run"]["num_reports"]
-        self._study = study
+    def __init__(
+        self,
+        jobs: list[Job],
+        settings: Settings,
+        *,
+        images_per_epoch: float,
+        folder: Path,
+        view: View,
+        save: Callable[[Job], None],
+    ):
+        self.jobs = jobs
         self._settings = settings
-        self._images_per_epoch = num_reports * settings.images_per_report / settings.epochs
+        self._images_per_epoch = images_per_epoch
         self._folder = folder
         self._view = view
-        stored = study.user_attrs
-        self.jobs = []
-        for trial in winners:
-            length = _length(trial, settings, num_reports)
-            for index in range(settings.seeds):
-                job = Job(trial, index, {})
-                record = stored.get(job.key, {})
-                same = all(record.get(name) == value for name, value in length.items())
-                job.record = record if same else dict(length)
-                self.jobs.append(job)
+        self._save = save
 
     def is_done(self) -> bool:
         return not self._untrained() and not self._unmeasured()
@@ -130,7 +167,7 @@ class Retraining:
         if any(slot.device.gpu is not None for slot in pool.slots):
             return
         threads = max(1, devices.cores() // len(wave))
-        speed = wave[0].trial.user_attrs.get("images_per_second", 1.0)
+        speed = wave[0].images_per_second
         images = wave[0].record["epochs"] * wave[0].record["share"] * self._images_per_epoch
         for slot in pool.slots[: len(wave)]:
             if images / speed > WORTH_A_START:
@@ -147,7 +184,7 @@ class Retraining:
                 job = waiting.popleft()
                 attempts[job.key] += 1
                 running[slot.index] = job
-                pool.give(slot, job.trial.number, attempts[job.key], order(job))
+                pool.give(slot, job.trial, attempts[job.key], order(job))
                 slot.status |= {"what": job.stem}
             for event in pool.poll(0.25):
                 self._handle(event, running, waiting, attempts, store)
@@ -183,14 +220,14 @@ class Retraining:
                     f"{job.stem} failed: {message['reason']}", detail=message.get("traceback", "")
                 )
             store(job, message)
-            self._study.set_user_attr(job.key, job.record)
-            self._view.finished("complete", job.trial.number, None)
+            self._save(job)
+            self._view.finished("complete", job.trial, None)
 
     def _training(self, job: Job) -> Message:
         return {
             "task": "retrain",
-            "params": job.trial.params,
-            "seed": seed_for(self._settings.seed, "winner", job.trial.number, job.index),
+            "params": job.params,
+            "seed": job.seed,
             "epochs": job.record["epochs"],
             "share": job.record["share"],
             "path": str(self._folder / "models" / f"{job.stem}.keras"),
@@ -206,7 +243,7 @@ class Retraining:
         job.record |= {
             "model": f"models/{job.stem}.keras",
             "model_sha256": message["sha256"],
-            "seed": seed_for(self._settings.seed, "winner", job.trial.number, job.index),
+            "seed": job.seed,
             "trained_epochs": message["epochs"],
             "parameters": message["parameters"],
             "history": message["history"],
@@ -233,6 +270,8 @@ def _length(trial: FrozenTrial, settings: Settings, num_reports: int) -> dict[st
     """How long to train: the schedule's length in epochs, and the share of it that is trained."""
     if settings.final_epochs is not None:
         return {"epochs": settings.final_epochs, "share": 1.0}
+    if not trial.intermediate_values:  # a fit of the user's that has reported nothing
+        return {"epochs": settings.epochs, "share": 1.0}
     return {"epochs": settings.epochs, "share": results.best_step(trial) / num_reports}
 
 

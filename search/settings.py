@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from search import datasets
 from search.errors import EXIT_USAGE, SearchError
 from search.protocol import Message
 
@@ -20,7 +22,7 @@ class Settings:
     name: str
     file: str  # of the study
     kind: str  # "space" or "objective"
-    dataset: str
+    dataset: str  # a name, or the absolute path of a file or folder
     epochs: float
     final_epochs: float | None
     images_per_report: int
@@ -38,14 +40,22 @@ class Settings:
     seeds: int = 3
 
     def fixed(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in FIXED}
+        """The values of FIXED; data that has moved to another folder is the same data."""
+        values = {name: getattr(self, name) for name in FIXED}
+        return values | {"dataset": Path(self.dataset).name}
 
 
 def resolve(described: Message, file: str, options: dict[str, Any]) -> Settings:
-    """Options (those given) over what the study says of itself."""
+    """Options (those given) over what the study says of itself.
+
+    A data set's relative path is relative to the study's file, or to this process's folder.
+    """
     known = {field.name for field in dataclasses.fields(Settings)}
     own = {name: value for name, value in described.items() if name in known}
     given = {name: value for name, value in options.items() if name in known and value is not None}
+    own["dataset"] = datasets.resolve(own["dataset"], Path(file).parent)
+    if "dataset" in given:
+        given["dataset"] = datasets.resolve(given["dataset"], Path.cwd())
     return Settings(**{**own, "file": file, **given})
 
 

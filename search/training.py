@@ -19,7 +19,6 @@ from search import backend
 from search.protocol import RemoteTrial
 
 MONITOR = "val_accuracy"
-_ONE_HOT_LOSSES = ("categorical_crossentropy", "categorical_focal_crossentropy")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def train(
         Keras's history: one value a report for each of loss, accuracy, val_loss, val_accuracy.
     """
     for callback in callbacks:
-        _count_in_reports(
+        count_in_reports(
             callback, plan.reports_per_epoch, has_validation=validation_data is not None
         )
     history = model.fit(
@@ -97,19 +96,36 @@ def accuracy(model: keras.Model, data: tuple[np.ndarray, np.ndarray]) -> float:
 
 
 def as_loss_wants(model: keras.Model, y: np.ndarray) -> np.ndarray:
-    """Labels as the compiled loss takes them: one-hot for categorical cross-entropy.
+    """Labels as the compiled loss takes them.
 
     Args:
         y: (n,) class numbers.
 
     Returns:
-        (n, classes) float32, or y itself.
+        y itself for a sparse loss; (n, 1) float32 for a model that ends in one number; else
+        one-hot (n, classes) float32.
     """
+    num_outputs = model.output_shape[-1]
+    if num_outputs == 1:
+        return y[:, np.newaxis].astype(np.float32)
     loss = keras.losses.get(model.loss)
     function = getattr(loss, "fn", loss)  # a loss class wraps its function; `name` is the user's
-    if getattr(function, "__name__", "") not in _ONE_HOT_LOSSES:
+    one_hot = np.eye(num_outputs, dtype=np.float32)
+    if _is_sparse(function, one_hot):
         return y
-    return np.eye(model.output_shape[-1], dtype=np.float32)[y]
+    return one_hot[y]
+
+
+def _is_sparse(loss: Any, one_hot: np.ndarray) -> bool:
+    """By the name of Keras's own losses; one of the user's is asked with one-hot labels."""
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if hasattr(keras.losses, name):
+        return "sparse" in name
+    try:
+        loss(keras.ops.convert_to_tensor(one_hot), keras.ops.convert_to_tensor(one_hot))
+    except Exception:  # whatever a function raises that wants class numbers
+        return True
+    return False
 
 
 class Report(keras.callbacks.Callback):
@@ -127,62 +143,89 @@ class Report(keras.callbacks.Callback):
         super().__init__()
         self.pruned = False
         self.diverged = ""
+        self.values: list[float] = []
         self.training_seconds = 0.0
         self.validation_seconds = 0.0
         self._trial = trial
         self._images = images
         self._monitor = monitor
-        self._began = self._tested = 0.0
+        # A training loop of the user's own may call on_epoch_end only.
+        self._began = time.monotonic()
+        self._tested = 0.0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._began = time.monotonic()
+        self._began, self._tested = time.monotonic(), 0.0
 
     def on_test_begin(self, logs: Any = None) -> None:
         self._tested = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         now = time.monotonic()
-        self.training_seconds += self._tested - self._began
-        self.validation_seconds += now - self._tested
-        figures = dict(logs or {})
+        tested = self._tested or now
+        self.training_seconds += tested - self._began
+        self.validation_seconds += now - tested
+        figures = {name: float(value) for name, value in (logs or {}).items()}
         step = epoch + 1
         unsound = [name for name, value in figures.items() if not math.isfinite(value)]
         if unsound:
             self.diverged = f"{unsound[0]} was {figures[unsound[0]]} at report {step}"
             self.model.stop_training = True
             return
+        if self._monitor not in figures:  # nothing to compare with other trials
+            return
+        self.values.append(figures[self._monitor])
         self._trial.report(
             figures[self._monitor],
             step,
-            metrics=figures,
-            images_per_second=self._images / max(1e-9, self._tested - self._began),
+            metrics=figures | _learning_rate(self.model),
+            images_per_second=self._images / max(1e-9, tested - self._began),
             training_seconds=self.training_seconds,
             validation_seconds=self.validation_seconds,
         )
+        self._began = time.monotonic()
         if self._trial.should_prune():
             self.pruned = True
             self.model.stop_training = True
 
 
 class Progress(keras.callbacks.Callback):
-    """Tells how far a training without validation has come."""
+    """Tells how far a training without validation has come, and keeps its history.
 
-    def __init__(self, tell: Any, plan: Plan):
+    Args:
+        tell: called with step, of, accuracy and images_per_second.
+        num_reports: that will come.
+        images: seen between two of them.
+    """
+
+    def __init__(self, tell: Any, num_reports: int, images: int):
         super().__init__()
+        self.history: dict[str, list[float]] = {}
         self._tell = tell
-        self._plan = plan
-        self._began = 0.0
+        self._num_reports = num_reports
+        self._images = images
+        self._began = time.monotonic()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._began = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        figures = {name: float(value) for name, value in (logs or {}).items()}
+        for name, value in figures.items():
+            self.history.setdefault(name, []).append(value)
+        now = time.monotonic()
         self._tell(
             step=epoch + 1,
-            of=self._plan.num_reports,
-            accuracy=float((logs or {}).get("accuracy", 0.0)),
-            images_per_second=self._plan.images_per_report / (time.monotonic() - self._began),
+            of=max(epoch + 1, self._num_reports),
+            accuracy=figures.get("accuracy", 0.0),
+            images_per_second=self._images / max(1e-9, now - self._began),
         )
+        self._began = now
+
+
+def _learning_rate(model: keras.Model) -> dict[str, float]:
+    """Of the step that comes next."""
+    rate = getattr(getattr(model, "optimizer", None), "learning_rate", None)
+    return {} if rate is None else {"learning_rate": float(keras.ops.convert_to_numpy(rate))}
 
 
 def _validation(model: keras.Model, data: tuple[np.ndarray, np.ndarray] | None) -> Any:
@@ -191,9 +234,10 @@ def _validation(model: keras.Model, data: tuple[np.ndarray, np.ndarray] | None) 
     return backend.validation_batches(data[0], as_loss_wants(model, data[1]))
 
 
-def _count_in_reports(
+def count_in_reports(
     callback: keras.callbacks.Callback, reports_per_epoch: float, *, has_validation: bool
 ) -> None:
+    """Make a callback written for epochs count reports, which are Keras's epochs here."""
     for name in ("patience", "cooldown"):
         if epochs := getattr(callback, name, 0):
             setattr(callback, name, max(1, round(epochs * reports_per_epoch)))

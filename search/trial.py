@@ -63,6 +63,11 @@ class UnfinishedTrial:
         return len(self._attempts)
 
     @property
+    def params(self) -> dict[str, Any]:
+        """Those suggested so far."""
+        return self._storage.get_trial(self._id).params
+
+    @property
     def num_counted(self) -> int:
         """Attempts that the coordinator's own death did not end."""
         return sum(attempt.get("reason") != COORDINATOR_ENDED for attempt in self._attempts)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search.errors import SearchError
 from search.protocol import (
     Channel,
     Diverged,
@@ -39,9 +40,12 @@ def main() -> None:
 
         study = catalogue.load(Path(connection.receive()["file"]))
         connection.send({"type": "described", **_describe(study)})
-        settings = connection.receive()["settings"]
+        preparation = connection.receive()
+        settings = preparation["settings"]
         tasks = FunctionTasks(study) if study.objective else _keras_tasks(study, settings)
-        connection.send({"type": "ready", "rss": _rss(), "gpus": _gpus(study), **tasks.describe()})
+        # Without a search to come, the data need not be there.
+        described = tasks.describe() if preparation["search"] else {}
+        connection.send({"type": "ready", "rss": _rss(), "gpus": _gpus(study), **described})
     except Exception as error:  # the user's file may raise anything
         connection.send(
             {
@@ -64,7 +68,8 @@ class FunctionTasks:
 
     def describe(self) -> Message:
         points = list(self._study.known_points)
-        return {"space": [], "known_points": points, "precision": "", "num_reports": 0}
+        counts = dict.fromkeys(("num_reports", "images_per_epoch", "num_images"), 0)
+        return {"space": [], "precision": "", "known_points": points, **counts}
 
     def trial(self, trial: RemoteTrial, message: Message) -> Message:
         assert self._study.objective is not None
@@ -143,17 +148,19 @@ def _failure(error: Exception) -> Message:
     """How a task ended that raised: `out_of_memory`, or `error` with the traceback."""
     name = type(error).__name__
     exhausted = isinstance(error, MemoryError) or name == "ResourceExhaustedError"
+    if isinstance(error, SearchError):
+        return {"outcome": "error", "reason": str(error), "traceback": error.detail}
     if exhausted or "RESOURCE_EXHAUSTED" in str(error):
         return {"outcome": "out_of_memory", "reason": str(error).partition("\n")[0]}
     return {"outcome": "error", "reason": f"{name}: {error}", "traceback": _own_frames(error)}
 
 
 def _own_frames(error: Exception) -> str:
-    """The traceback without this project's frames: what is left is the user's code and Keras."""
+    """The traceback without this project's frames, where that leaves any: the user's and Keras's."""
     here = os.path.dirname(__file__)
     own = traceback.TracebackException.from_exception(error)
     kept = [f for f in own.stack if not f.filename.startswith((here, "<frozen"))]
-    own.stack = traceback.StackSummary.from_list(kept)
+    own.stack = traceback.StackSummary.from_list(kept or own.stack)
     return "".join(own.format()).rstrip()
 
 

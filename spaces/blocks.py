@@ -52,10 +52,14 @@ def conv_block(
         x = keras.layers.Conv2D(
             filters, kernel_size, padding=padding if fits else "same", use_bias=not batch_norm
         )(x)
-        if batch_norm:
-            x = keras.layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM)(x)
-        x = keras.layers.Activation(activation)(x)
+        x = _activated(x, activation, batch_norm=batch_norm)
     return x
+
+
+def dense_block(x: Any, units: int, *, activation: str = "relu", batch_norm: bool = False) -> Any:
+    """A dense layer on vectors (n, length); batch normalisation as in `conv_block`."""
+    x = keras.layers.Dense(units, use_bias=not batch_norm)(x)
+    return _activated(x, activation, batch_norm=batch_norm)
 
 
 def pool(x: Any, kind: str) -> Any:
@@ -81,7 +85,7 @@ def head(
     activation: str = "relu",
     dropout_rate: float = 0.0,
 ) -> Any:
-    """Maps -> class probabilities (n, num_classes) float32, also under mixed precision.
+    """Maps -> class probabilities (n, num_classes) float32.
 
     Args:
         features: how a map becomes a vector: "flatten", or its global "average" or "max".
@@ -91,5 +95,15 @@ def head(
     x = FEATURES[features]()(x)
     if dense_units:
         x = keras.layers.Dense(dense_units, activation=activation)(x)
-    x = dropout(x, dropout_rate)
+    return probabilities(dropout(x, dropout_rate), num_classes)
+
+
+def probabilities(x: Any, num_classes: int) -> Any:
+    """Vectors -> class probabilities (n, num_classes) float32, also under mixed precision."""
     return keras.layers.Dense(num_classes, activation="softmax", dtype="float32")(x)
+
+
+def _activated(x: Any, activation: str, *, batch_norm: bool) -> Any:
+    if batch_norm:
+        x = keras.layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM)(x)
+    return keras.layers.Activation(activation)(x)

@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy():
 
 def test_the_coordinators_modules_import_no_keras():
     code = (
-        "import sys, search.run, search.listing, search.coordinator, search.export\n"
+        "import sys, search.journey, search.listing, search.coordinator, search.export\n"
         "print({'keras', 'tensorflow', 'keras_tuner', 'jax'} & set(sys.modules))"
     )
     assert run("-c", code).stdout == "set()\n"

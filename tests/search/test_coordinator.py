@@ -8,6 +8,7 @@ from search.errors import SearchError
 from search.pool import Interrupted
 from search.progress import View
 from search.settings import Settings
+from search.trial_logs import open_logs
 from tests.scripted import CRASH, LOST, ScriptedPool
 
 UNIT = {"low": 0.0, "high": 1.0, "step": None, "log": False}
@@ -42,7 +43,7 @@ def url(tmp_path):
 
 
 @pytest.fixture
-def search(url):
+def search(url, tmp_path):
     """Searches as a coordinator does that has just been started; returns the pool it used."""
 
     def search(
@@ -72,7 +73,9 @@ def search(url):
             }
             | changed
         )
-        Coordinator(study, settings, list(known_points), View(-1)).search(pool)
+        Coordinator(
+            study, settings, list(known_points), View(-1), open_logs(changed.get("log"), tmp_path)
+        ).search(pool)
         return pool
 
     return search

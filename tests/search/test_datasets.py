@@ -1,21 +1,25 @@
+import dataclasses
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import os
 import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from search import datasets
-from search.errors import EXIT_USER_ERROR, SearchError
+from search.errors import EXIT_USAGE, EXIT_USER_ERROR, SearchError
 
 ROOT = Path(__file__).resolve().parents[2]
 FASHION_MNIST = (
@@ -61,7 +65,7 @@ FILES = {
     "test-images.gz": gzip.compress(idx(IMAGES[:2] + 100)),
     "test-labels.gz": gzip.compress(idx(LABELS[:2])),
 }
-MD5 = {name: hashlib.md5(content).hexdigest() for name, content in FILES.items()}
+HASH = {name: "md5:" + hashlib.md5(content).hexdigest() for name, content in FILES.items()}
 CONTENT_HASH = hashlib.sha256(b"".join(FILES.values())).hexdigest()
 
 
@@ -77,7 +81,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def declare(monkeypatch, url):
-    files = tuple(datasets.DataFile(name, md5) for name, md5 in MD5.items())
+    files = tuple(datasets.DataFile(name, digest) for name, digest in HASH.items())
     row = datasets.Dataset(
         name="tiny",
         input_shape=(2, 3, 1),
@@ -151,7 +155,7 @@ def names(folder):
 
 def start_ensure(url, *, user=None):
     return subprocess.Popen(
-        [sys.executable, "-c", ENSURE, json.dumps([url, list(MD5.items()), user])],
+        [sys.executable, "-c", ENSURE, json.dumps([url, list(HASH.items()), user])],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -161,7 +165,7 @@ def start_ensure(url, *, user=None):
 
 
 def test_importing_loads_nothing_heavy():
-    heavy = "{'keras', 'tensorflow', 'jax', 'sklearn', 'pooch', 'requests'}"
+    heavy = "{'keras', 'tensorflow', 'jax', 'sklearn', 'pooch', 'requests', 'PIL'}"
     code = f"import sys; from search import datasets; print({heavy} & set(sys.modules))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -177,7 +181,10 @@ def test_importing_loads_nothing_heavy():
 def test_an_unknown_name_lists_the_known(name, hint):
     with pytest.raises(SearchError) as caught:
         datasets.find(name)
-    start = f"A data set is one of digits, fashion_mnist. Received: '{name}'."
+    start = (
+        "A data set is one of cifar10, digits, fashion_mnist, mnist, or FILE.npz, or a folder of "
+        f"images. Received: '{name}'."
+    )
     assert str(caught.value) == f"{start} {hint}".strip()
 
 
@@ -219,7 +226,7 @@ def test_a_wrong_download_is_fetched_again_once(folder, server, num_wrong, is_me
     if is_mended:
         assert datasets.ensure("tiny") == CONTENT_HASH
     else:
-        with pytest.raises(SearchError, match="the server's file has another MD5"):
+        with pytest.raises(SearchError, match="the server's file has another hash"):
             datasets.ensure("tiny")
     assert server.requests == ["train-labels.gz"] * 2
     assert names(folder) == sorted(FILES if is_mended else set(FILES) - {"train-labels.gz"})
@@ -233,7 +240,7 @@ def test_without_network_one_line_says_what_to_do(folder):
         datasets.ensure("tiny")
     message = str(caught.value)
     for name in ("train-labels.gz", "test-labels.gz"):
-        assert f"{name} (MD5 {MD5[name]})" in message
+        assert f"{name} ({HASH[name]})" in message
     assert "train-images.gz" not in message
     assert f"into {folder}," in message
     assert "`fmnist-search --study quickstart`, which needs no network" in message
@@ -347,6 +354,27 @@ def test_split_is_the_same_in_every_version():
     assert at.monitor[:8].tolist() == [17, 56, 85, 88, 112, 113, 154, 163]
 
 
+@pytest.mark.parametrize(
+    ("counts", "num_monitor"),
+    [
+        ([9_000, 6], 375),  # of the rare class 1 in val
+        ([9_000, 9_000, 2, 3, 4], 750),
+        ([40] * 300, 500),
+        ([22] * 300, 1_100),  # 4 a class would be more than there are
+        ([2, 2], 2),
+        ([2] * 300, 300),
+        ([2, 7_000], 291),
+    ],
+)
+def test_unbalanced_and_many_classes_can_be_split(counts, num_monitor):
+    y = np.repeat(np.arange(len(counts)), counts).astype(np.uint16)
+    at = datasets.split(y)
+    assert set(y[at.train]) == set(range(len(counts)))
+    assert sorted([*at.train, *at.val]) == list(range(len(y)))
+    assert set(at.monitor) <= set(at.val)
+    assert len(at.monitor) == num_monitor
+
+
 @pytest.mark.parametrize("y", [np.arange(10), np.array([0, 0, 0, 0, 0, 0, 1])])
 def test_a_class_of_one_image_cannot_be_split(y):
     with pytest.raises(SearchError, match=f"at least 2 images of every class.*{len(y)} images"):
@@ -366,6 +394,167 @@ def test_digits_come_with_scikit_learn(monkeypatch, tmp_path):
     assert not (tmp_path / "none").exists()
     part = datasets.load_split("digits")
     assert [len(array) for array in part] == [1197, 1197, 240, 240, 240, 240]
+
+
+@pytest.mark.parametrize(
+    ("reference", "resolved"),
+    [
+        ("fashion_mnist", "fashion_mnist"),
+        ("digits", "digits"),  # though there is a folder of that name
+        ("unknown", "unknown"),
+        ("", ""),
+        ("./digits", "{}/digits"),
+        ("flowers", "{}/flowers"),
+        ("flowers/", "{}/flowers"),
+        (".", "{}"),
+        ("../x", "{parent}/x"),
+        ("x.npz", "{}/x.npz"),
+        ("X.NPZ", "{}/X.NPZ"),
+        (Path("a/b.npz"), "{}/a/b.npz"),
+        ("/data/x.npz", "/data/x.npz"),
+        ("~/x.npz", "/home/me/x.npz"),
+        ("~", "/home/me"),
+    ],
+)
+def test_a_reference_means_the_same_everywhere(tmp_path, monkeypatch, reference, resolved):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in ("digits", "flowers"):
+        (tmp_path / name).mkdir()
+    wanted = resolved.format(tmp_path, parent=tmp_path.parent)
+    assert datasets.resolve(reference, tmp_path) == wanted
+    assert datasets.resolve(wanted, Path("/elsewhere")) == wanted
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [("none.npz", "is not there"), ("no/folder", "is not there"), ("./x.csv", "is neither")],
+)
+def test_a_path_without_data_is_wrong_usage(tmp_path, reference, said):
+    (tmp_path / "x.csv").write_text("1,2")
+    resolved = datasets.resolve(reference, tmp_path)
+    for function in (datasets.find, datasets.ensure, datasets.load_train):
+        with pytest.raises(SearchError, match=f"Received: {resolved}, which {said}") as caught:
+            function(resolved)
+        assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_data_that_may_not_be_read_are_named():
+    # Not tmp_path, into which pytest lets only the owner; root may read everything, nobody not.
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        locked = [Path(home) / "x.npz", Path(home) / "flowers"]
+        locked[0].touch(mode=0o000)
+        locked[1].mkdir(mode=0o000)
+        user = os.geteuid()
+        for path in locked:
+            os.seteuid(user or NOBODY)
+            try:
+                with pytest.raises(SearchError, match=f"^{path}.*Permission denied. Fix: check"):
+                    datasets.find(str(path))
+            finally:
+                os.seteuid(user)
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """The path of a .npz file of the user's: 7 training and 2 test images of 2 classes."""
+    x = np.arange(7 * 6, dtype=np.uint8).reshape(7, 2, 3)
+    y = np.arange(7) % 2
+    path = tmp_path / "shapes.npz"
+    np.savez_compressed(
+        path, x_train=x, y_train=y, x_test=x[:2], y_test=y[:2], class_names=["line", "dot"]
+    )
+    return str(path)
+
+
+def test_a_file_of_the_users(shapes):
+    dataset = datasets.find(shapes)
+    assert (dataset.name, dataset.input_shape) == ("shapes.npz", (2, 3, 1))
+    assert (dataset.class_names, dataset.num_classes) == (("line", "dot"), 2)
+    assert datasets.ensure(shapes) == hashlib.sha256(Path(shapes).read_bytes()).hexdigest()
+    x, y = datasets.load_test(shapes)
+    assert (x.shape, y.tolist()) == ((2, 2, 3, 1), [0, 1])
+    part = datasets.load_split(shapes)
+    assert [len(array) for array in part] == [5, 5, 2, 2, 2, 2]
+
+
+def test_a_file_of_the_users_is_checked_whole(shapes):
+    with np.load(shapes) as saved:
+        arrays = dict(saved)
+    np.savez(shapes, **(arrays | {"y_test": np.array([0, 2])}))
+    datasets.find(shapes)
+    datasets.load_train(shapes)
+    with pytest.raises(SearchError, match=r"y_test\[1\] is 2"):
+        datasets.ensure(shapes)
+
+
+def test_a_folder_of_images_in_another_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    for i in range(14):
+        path = tmp_path / "two" / str(i // 7) / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((2, 3), i, np.uint8)).save(path)
+    datasets.ensure(str(tmp_path / "two"))
+    code = "import sys; from search import datasets; print(*datasets.load_test(sys.argv[1])[1])"
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "two")],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.split() == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm", "shape"),
+    [("mnist", "sha256", (28, 28, 1)), ("cifar10", "md5", (32, 32, 3))],
+)
+def test_a_published_file_of_both_parts(folder, server, monkeypatch, name, algorithm, shape):
+    home = folder.parent
+    [file] = {file.name for file in datasets.DATASETS[name].train_files}
+    monkeypatch.setitem(FILES, file, ARCHIVES[name]())
+    digest = f"{algorithm}:{hashlib.new(algorithm, FILES[file]).hexdigest()}"
+    files = (datasets.DataFile(file, digest),)
+    row = dataclasses.replace(
+        datasets.DATASETS[name], url=server.url, train_files=files, test_files=files
+    )
+    monkeypatch.setitem(datasets.DATASETS, name, row)
+    assert datasets.find(name).input_shape == shape
+    assert datasets.ensure(name) == hashlib.sha256(FILES[file]).hexdigest()
+    assert server.requests == [file]
+    assert (home / file).is_file()
+    (home / file).write_bytes(b"damaged")
+    datasets.ensure(name)
+    assert server.requests == [file] * 2
+    for load, labels in (
+        (datasets.load_train, [*range(10)] * 2),
+        (datasets.load_test, [*range(10)]),
+    ):
+        x, y = load(name)
+        assert (x.shape, x.dtype, y.dtype) == ((len(labels), *shape), np.uint8, np.uint8)
+        assert y.tolist() == labels
+        assert x[:, 0, 0, 0].tolist() == labels
+
+
+def mnist():
+    y = np.arange(20) % 10
+    x = np.zeros((20, 28, 28), np.uint8) + y[:, np.newaxis, np.newaxis].astype(np.uint8)
+    stream = io.BytesIO()
+    np.savez_compressed(stream, x_train=x, y_train=y, x_test=x[:10], y_test=y[:10])
+    return stream.getvalue()
+
+
+def cifar10():
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        for at, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+            labels = range(10) if name == "test_batch" else range(at * 4, at * 4 + 4)
+            content = b"".join(bytes([label % 10]) * 3073 for label in labels)
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+ARCHIVES = {"mnist": mnist, "cifar10": cifar10}
 
 
 @pytest.mark.skipif(

@@ -137,7 +137,7 @@ def test_a_worker_is_opened_described_prepared_and_ready(make):
     assert pool.wait_for_description()["epochs"] == 5
     assert pool.idle() == []
     pool.prepare({"seed": 1})
-    assert worker.hear() == [{"type": "prepare", "settings": {"seed": 1}}]
+    assert worker.hear() == [{"type": "prepare", "settings": {"seed": 1}, "search": True}]
     worker.say("ready", rss=1, space=[{"name": "x"}])
     assert pool.wait_for_space()["space"] == [{"name": "x"}]
     assert pool.idle() == pool.slots
@@ -152,7 +152,9 @@ def test_a_late_worker_is_prepared_when_it_describes_itself(make):
     pool.prepare({"seed": 1})
     engine.started[1].say("described", name="other")
     assert heard(pool) == []
-    assert engine.started[1].hear() == [{"type": "prepare", "settings": {"seed": 1}}]
+    assert engine.started[1].hear() == [
+        {"type": "prepare", "settings": {"seed": 1}, "search": True}
+    ]
     assert pool.described["name"] == "mine"  # the first one's word stands
 
 

@@ -5,7 +5,7 @@ import pytest
 from search import artifacts, devices, storage
 from search.errors import SearchError
 from search.progress import View
-from search.retrain import Retraining
+from search.retrain import Retraining, jobs_of
 from search.settings import Settings
 from tests.scripted import LOST, ScriptedPool
 
@@ -48,9 +48,17 @@ def study(tmp_path):
 
 
 def retrain(study, folder, pool, speed="fast", **changed):
-    retraining = Retraining(study, settings(**changed), folder, View(-1))
+    made = settings(**changed)
+    retraining = Retraining(
+        jobs_of(study, made),
+        made,
+        images_per_epoch=2000,
+        folder=folder,
+        view=View(-1),
+        save=lambda job: study.set_user_attr(job.key, job.record),
+    )
     for job in retraining.jobs:
-        job.trial.user_attrs["images_per_second"] = SPEED[speed]
+        job.images_per_second = SPEED[speed]
     retraining.run(pool)
     return retraining
 
@@ -189,5 +197,5 @@ def test_nothing_complete_is_nothing_usable(tmp_path):
     study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
     study.set_user_attr("run", {"num_reports": 8})
     with pytest.raises(SearchError, match="no trial of 'mine' is complete") as caught:
-        Retraining(study, settings(), tmp_path, View(-1))
+        jobs_of(study, settings())
     assert caught.value.exit_code == 5

@@ -296,7 +296,7 @@ def test_progress_is_told_at_each_report():
         data(),
         the_plan,
         validation_data=None,
-        callbacks=[training.Progress(lambda **figures: told.append(figures), the_plan)],
+        callbacks=[training.Progress(lambda **figures: told.append(figures), 3, 100)],
     )
     assert [(figures["step"], figures["of"]) for figures in told] == [(1, 3), (2, 3), (3, 3)]
     assert all(0 <= figures["accuracy"] <= 1 for figures in told)

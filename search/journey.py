@@ -1,6 +1,7 @@
 """The whole journey: data, search, winners, figures. Each step goes on where it was left.
 
-outcome = run("cnn", Path("runs/cnn"), {"trials": 100})
+with View() as view:
+    outcome = run("cnn", Path("runs/cnn"), {"trials": 100}, view)
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import json
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from search.engines.local import LocalEngine
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 from search.pool import Interrupted, Pool
 from search.progress import View
-from search.retrain import Job, Retraining
+from search.retrain import Job, Retraining, jobs_of
 from search.settings import Settings, refuse_another_space, refuse_differences, resolve
+from search.trial_logs import Logs, open_logs
 
 logger = logging.getLogger("search")
 
@@ -59,7 +62,7 @@ def run(
     """
     entry = catalogue.find(reference)
     if options.get("dataset"):
-        datasets.find(options["dataset"])
+        datasets.find(datasets.resolve(options["dataset"], Path.cwd()))
     url = storage.url_in(folder, options.get("storage"))
     devices_ = devices.share_out(str(options.get("workers") or "auto"))
     folders.check(folder, "--out")
@@ -99,13 +102,17 @@ class _Journey:
         folders.clean(self._folder)
         opening = {"type": "open", "file": str(self._entry.file)}
         pool = Pool(LocalEngine(self._folder / "logs"), devices_, opening)
-        with _signals(pool), pool:
+        logs = open_logs(self._options.get("log"), self._folder)
+        with signals_to(pool), closing(logs), pool:
             settings = self._begin(pool)
             if self._options.get("search") is not False:
-                self._search(pool, settings)
+                self._search(pool, settings, logs)
             if final and settings.kind == "space":
-                self._retraining(settings).run(pool)
-                return self._outcome(settings, self._write(settings))
+                retraining = self._retraining(settings)
+                retraining.run(pool)
+                for job in retraining.jobs:
+                    logs.history(job.stem, job.record.get("history", {}), job.params)
+                return self._outcome(settings, self._write(settings, retraining.jobs))
         return self._outcome(settings, None)
 
     def _already_done(self, final: bool) -> Outcome | None:
@@ -140,13 +147,11 @@ class _Journey:
                 f"{self._entry.name!r} as written; write the name out"
             )
         settings = self._settings(described)
-        dataset_sha256 = datasets.ensure(settings.dataset) if settings.kind == "space" else ""
+        dataset = described_data(settings.dataset) if settings.kind == "space" else None
         pool.prepare(dataclasses.asdict(settings))
         ready = pool.wait_for_space()
         if run := self._run():
-            self._refuse_another(
-                run["space"], ready["space"], run["dataset_sha256"], dataset_sha256
-            )
+            self._refuse_another(run, ready["space"], dataset)
         self._study = storage.open_study(self._url, self._entry.name)
         self._study.set_user_attr(
             "run",
@@ -156,8 +161,10 @@ class _Journey:
                 "space": ready["space"],
                 "known_points": ready["known_points"],
                 "num_reports": ready["num_reports"],
+                "images_per_epoch": ready["images_per_epoch"],
+                "num_images": ready["num_images"],
                 "precision": ready["precision"],
-                "dataset_sha256": dataset_sha256,
+                "dataset": dataset,
                 "file_sha256": artifacts.sha256(self._entry.file),
             },
         )
@@ -165,7 +172,7 @@ class _Journey:
             "study %s: %d trials, %s, %d %s%s",
             settings.name,
             settings.trials,
-            settings.dataset if dataset_sha256 else "own objective",
+            dataset["name"] if dataset else "own objective",
             len(pool.slots),
             "workers" if len(pool.slots) > 1 else "worker",
             f", {ready['precision']}" if ready["precision"] else "",
@@ -188,14 +195,16 @@ class _Journey:
         return settings
 
     def _refuse_another(
-        self, space: list[Any], now: list[Any], sha256: str, sha256_now: str
+        self, run: dict[str, Any], space: list[Any], dataset: dict[str, Any] | None
     ) -> None:
-        refuse_another_space(space, now, self._entry.name, str(self._folder))
-        refuse_differences(
-            {"data": sha256}, {"data": sha256_now}, self._entry.name, str(self._folder)
-        )
+        names = self._entry.name, str(self._folder)
+        refuse_another_space(run["space"], space, *names)
+        if dataset:
+            refuse_differences(
+                {"data": run["dataset"]["sha256"]}, {"data": dataset["sha256"]}, *names
+            )
 
-    def _search(self, pool: Pool, settings: Settings) -> None:
+    def _search(self, pool: Pool, settings: Settings, logs: Logs) -> None:
         study, run = self._study, self._run()
         assert study is not None
         assert run is not None
@@ -204,7 +213,7 @@ class _Journey:
             if row.state in ("complete", "pruned", "fail"):
                 self._view.finished_before(row.state, row.number, row.value)
         self._view.saved = results.saved_share(study)
-        Coordinator(study, settings, run["known_points"], self._view).search(pool)
+        Coordinator(study, settings, run["known_points"], self._view, logs).search(pool)
         if self._num_finished() >= settings.trials and not results.winners(study, 1):
             raise SearchError(
                 f"all {settings.trials} trials of {settings.name!r} are finished and none is "
@@ -213,12 +222,20 @@ class _Journey:
             )
 
     def _retraining(self, settings: Settings) -> Retraining:
-        assert self._study is not None
-        return Retraining(self._study, settings, self._folder, self._view)
+        study, run = self._study, self._run()
+        assert study is not None
+        assert run is not None
+        return Retraining(
+            jobs_of(study, settings),
+            settings,
+            images_per_epoch=run["images_per_epoch"],
+            folder=self._folder,
+            view=self._view,
+            save=lambda job: study.set_user_attr(job.key, job.record),
+        )
 
-    def _write(self, settings: Settings) -> dict[str, Any]:
+    def _write(self, settings: Settings, jobs: list[Job]) -> dict[str, Any]:
         assert self._study is not None
-        jobs = self._retraining(settings).jobs
         figures = export.metrics(self._study, settings, jobs, self._folder)
         written = export.write(figures, self._folder)
         self._study.set_user_attr(
@@ -248,6 +265,19 @@ class _Journey:
         return Outcome(self._folder, self._url, settings, self._num_finished(), best, figures)
 
 
+def described_data(reference: str) -> dict[str, Any]:
+    """Verify the data set, fetched where it has to be; what is known of it, ready for JSON."""
+    sha256 = datasets.ensure(reference)
+    dataset = datasets.find(reference)
+    return {
+        "name": dataset.name,
+        "reference": reference,
+        "sha256": sha256,
+        "input_shape": list(dataset.input_shape),
+        "class_names": list(dataset.class_names),
+    }
+
+
 def _warn_of_unseen_gpus(pool: Pool, ready: dict[str, Any]) -> None:
     if pool.slots[0].device.gpu is not None and ready["precision"] and not ready["gpus"]:
         logger.warning(
@@ -257,7 +287,7 @@ def _warn_of_unseen_gpus(pool: Pool, ready: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _signals(pool: Pool) -> Iterator[None]:
+def signals_to(pool: Pool) -> Iterator[None]:
     """The first SIGINT, SIGTERM or SIGHUP ends the run in good order, the second at once."""
 
     def handle(number: int, _frame: object) -> None:
@@ -265,6 +295,9 @@ def _signals(pool: Pool) -> Iterator[None]:
             os._exit(128 + number)
         pool.interrupted = number
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread, whose owner handles them
+        return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:

@@ -1,0 +1,199 @@
+"""A space as the workers use it, whoever wrote it: KerasTuner's HyperModels and `build(hp)` alike.
+
+    space = Space(study.space, dataset, total_images=250_000)
+    model = space.build(hp)
+
+What a model needs for the search and lacks (an input shape, accuracy among its metrics) is added;
+what can't work is refused at the first build, before the first trial.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import keras_tuner
+import numpy as np
+
+ACCURACY = "accuracy"
+
+
+class Images(NamedTuple):
+    """What a space is told of a data set."""
+
+    name: str
+    input_shape: tuple[int, int, int]  # height, width, channels
+    num_classes: int
+
+
+class Space:
+    """A study's space, for one data set and one length of training.
+
+    Args:
+        space: a HyperModel (class or instance) or a function build(hp). A class is called with
+            those of input_shape, num_classes (also called classes) and total_images that it takes.
+        total_images: seen in a whole training.
+    """
+
+    def __init__(self, space: Any, dataset: Images, total_images: int):
+        self._dataset = dataset
+        self._space = space
+        if inspect.isclass(space):
+            known = {
+                "input_shape": dataset.input_shape,
+                "num_classes": dataset.num_classes,
+                "classes": dataset.num_classes,
+                "total_images": total_images,
+            }
+            taken = inspect.signature(space).parameters
+            self._space = space(**{name: value for name, value in known.items() if name in taken})
+
+    def build(self, hp: keras_tuner.HyperParameters) -> keras.Model:
+        """The compiled model of the point that hp holds, ready to be trained and measured.
+
+        Raises:
+            ValueError: if it isn't compiled, or doesn't map the data set's images to its classes.
+        """
+        model = self._space.build(hp) if hasattr(self._space, "build") else self._space(hp)
+        if not isinstance(model, keras.Model) or not model.compiled:
+            raise ValueError(f"A space returns a compiled Keras model. Received: {model!r}")
+        if not model.built:  # a Sequential without an Input, as KerasTuner's guides write it
+            model.build((None, *self._dataset.input_shape))
+        self._check_shapes(model)
+        metrics = (model.get_compile_config() or {}).get("metrics") or []
+        if ACCURACY not in metrics:
+            _measure_accuracy(model)
+        return model
+
+    def callbacks(self, hp: keras_tuner.HyperParameters) -> list[keras.callbacks.Callback]:
+        """Those that the space brings: a method `callbacks(hp)`, patience in epochs."""
+        return self._space.callbacks(hp) if hasattr(self._space, "callbacks") else []
+
+    def fit(
+        self,
+        hp: keras_tuner.HyperParameters,
+        model: keras.Model,
+        train_data: tuple[np.ndarray, np.ndarray],
+        *,
+        validation_data: tuple[np.ndarray, np.ndarray],
+        epochs: int,
+        callbacks: Sequence[keras.callbacks.Callback],
+    ) -> Any:
+        """Call the space's own `fit` as KerasTuner would; returns what it returns.
+
+        Args:
+            train_data: (n, height, width, channels) uint8 and labels as the loss wants them.
+        """
+        arguments = {
+            "validation_data": validation_data,
+            "epochs": epochs,
+            "callbacks": [*self.callbacks(hp), *callbacks],
+        }
+        # Else the progress bar of each epoch fills the worker's log.
+        keras.config.disable_interactive_logging()
+        try:
+            return self._space.fit(hp, model, *train_data, **arguments)
+        except TypeError as error:
+            # KerasTuner's documentation tunes epochs with fit(*args, epochs=hp.Int(...), **kwargs).
+            if not re.search(r"multiple values for (keyword )?argument 'epochs'", str(error)):
+                raise
+            del arguments["epochs"]
+            return self._space.fit(hp, model, *train_data, **arguments)
+
+    def _check_shapes(self, model: keras.Model) -> None:
+        dataset = self._dataset
+        wanted = (dataset.num_classes, 1) if dataset.num_classes == 2 else (dataset.num_classes,)
+        outputs = model.output_shape
+        if not isinstance(outputs, tuple) or len(outputs) != 2 or outputs[-1] not in wanted:
+            raise ValueError(
+                f"A model for {dataset.name} ends in {' or '.join(map(str, wanted))} numbers for "
+                f"an image, one for each class. Received: output_shape={outputs}"
+            )
+        inputs = model.input_shape
+        if not isinstance(inputs, tuple) or not _fits(dataset.input_shape, inputs[1:]):
+            raise ValueError(
+                f"A model for {dataset.name} takes images of shape {dataset.input_shape}. "
+                f"Received: input_shape={inputs}"
+            )
+
+
+def trains_itself(space: Any) -> bool:
+    """Whether a HyperModel, class or instance, overrides KerasTuner's `HyperModel.fit`."""
+    own = getattr(space if inspect.isclass(space) else type(space), "fit", None)
+    return own not in (None, keras_tuner.HyperModel.fit)
+
+
+def check_can_be_loaded(model: keras.Model) -> None:
+    """Raises ValueError if the model could be saved but not loaded again: found out before the
+    first trial, not after the last."""
+    try:
+        keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(model), safe_mode=True
+        )
+    except Exception as error:  # whatever the user's layers raise
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            "The space's model can be saved but not loaded again: give layers of your own a "
+            "get_config and @keras.saving.register_keras_serializable(), and write a Lambda as "
+            f"one. Keras says: {why}"
+        ) from None
+
+
+def ends_in_float32(model: keras.Model) -> bool:
+    return all(str(output.dtype) == "float32" for output in model.outputs)
+
+
+def value_of_fit(returned: Any, reported: Sequence[float]) -> float | None:
+    """The value to maximise, from what a space's own `fit` returned.
+
+    Args:
+        returned: a number, a dictionary with val_accuracy (or with one entry), a Keras History,
+            or None.
+        reported: validation accuracies of the epochs, where there was a callback to hear them.
+
+    Returns:
+        None where there is nothing: the model is to be measured.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if isinstance(returned, dict):
+        named = returned.get("val_accuracy", next(iter(returned.values()), None))
+        if "val_accuracy" not in returned and len(returned) != 1:
+            raise ValueError(
+                "A dictionary that fit returns has the key 'val_accuracy', or one key, whose value "
+                f"is maximised. Received: {sorted(returned)}"
+            )
+        return float(named)  # type: ignore[arg-type]
+    if isinstance(returned, keras.callbacks.History):
+        return max(returned.history.get("val_accuracy", reported), default=None)
+    if returned is None:
+        return max(reported, default=None)
+    try:
+        return float(returned)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "fit returns a number to maximise, a dictionary, or the History of model.fit. "
+            f"Received: {returned!r}"
+        ) from None
+
+
+def _measure_accuracy(model: keras.Model) -> None:
+    """Compile again with accuracy beside the metrics that are there."""
+    own = getattr(model._compile_metrics, "_user_metrics", None) or []
+    model.compile(
+        optimizer=model.optimizer,
+        loss=model.loss,
+        metrics=[*own, ACCURACY] if isinstance(own, list) else [ACCURACY],
+        run_eagerly=model.run_eagerly,
+        jit_compile=model.jit_compile,
+    )
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        size is None or size == given for size, given in zip(wanted, shape, strict=True)
+    )
