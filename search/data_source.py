@@ -107,7 +107,7 @@ def load_data():
         x_train, y_train = arrays["x_train"], arrays["y_train"]
         x_test, y_test = arrays["x_test"], arrays["y_test"]
     # Pixels are 0 to 255 in the file, or 0 to 1.
-    scale = 255 if x_train.dtype.kind == "f" and x_train.max() <= 1 else 1
+    scale = 255 if x_train.dtype.kind in "bf" and x_train.max() <= 1 else 1
     train = as_pixels(x_train, scale), y_train.reshape(-1).astype("int64")
     return train, (as_pixels(x_test, scale), y_test.reshape(-1).astype("int64"))
 

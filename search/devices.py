@@ -15,6 +15,8 @@ from search.errors import EXIT_USAGE, SearchError
 
 logger = logging.getLogger("search")
 
+_ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
+
 
 @dataclass(frozen=True)
 class Device:
@@ -38,6 +40,11 @@ class Device:
             "TF_NUM_INTEROP_THREADS": threads,
             "TF_FORCE_GPU_ALLOW_GROWTH": "true",
             "TF_CPP_MIN_LOG_LEVEL": "2",
+            # JAX: no share of a GPU set aside at once; one thread or as many as there are cores.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "XLA_FLAGS": " ".join(
+                [os.environ.get("XLA_FLAGS", ""), *[_ONE_THREAD] * (self.threads == 1)]
+            ).strip(),
         }
 
 

@@ -51,7 +51,7 @@ def metrics(
     run = study.user_attrs["run"]
     return {
         "schema": 1,
-        **subject(settings, run["dataset"], run["precision"]),
+        **subject(settings, run),
         "search": {
             "trials": sum(trial.state.is_finished() for trial in trials),
             **{
@@ -66,15 +66,15 @@ def metrics(
     }
 
 
-def subject(settings: Settings, dataset: dict[str, Any], precision: str) -> dict[str, Any]:
-    """What is trained on what, and how."""
+def subject(settings: Settings, run: dict[str, Any]) -> dict[str, Any]:
+    """What is trained on what, and how; `run` has dataset, precision and images_per_report."""
     return {
         "study": settings.name,
         "study_file": None if catalogue.is_installed(Path(settings.file)) else settings.file,
-        "dataset": dataset,
+        "dataset": run["dataset"],
         "training": {
-            "precision": precision,
-            "images_per_report": settings.images_per_report,
+            "precision": run["precision"],
+            "images_per_report": run["images_per_report"],
             "batch_size": settings.batch_size,
             "sampler": settings.sampler,
             "pruner": settings.pruner,
@@ -185,6 +185,7 @@ def script(study: optuna.Study, trial: FrozenTrial, file: Path, options: dict[st
         "epochs": record["epochs"],
         "share": record["share"],
         "num_images": run["num_images"],
+        "images_per_report": run["images_per_report"],
         "data": {**data, "num_classes": len(run["dataset"]["class_names"])},
     }
     prepared = {**dataclasses.asdict(settings), "precision": run["precision"]}

@@ -31,6 +31,10 @@ from search.trial_logs import Logs, open_logs
 logger = logging.getLogger("search")
 
 
+# What the workers find out before the first trial, and the study keeps.
+_MEASURED = ("num_reports", "images_per_report", "images_per_epoch", "num_images", "precision")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run has come to."""
@@ -160,10 +164,7 @@ class _Journey:
                 "fixed": settings.fixed(),
                 "space": ready["space"],
                 "known_points": ready["known_points"],
-                "num_reports": ready["num_reports"],
-                "images_per_epoch": ready["images_per_epoch"],
-                "num_images": ready["num_images"],
-                "precision": ready["precision"],
+                **{name: ready[name] for name in _MEASURED},
                 "dataset": dataset,
                 "file_sha256": artifacts.sha256(self._entry.file),
             },

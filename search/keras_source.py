@@ -111,8 +111,9 @@ def _candidates(value: Any) -> Iterator[str]:
         items = (f"{expression(key)}: {expression(item)}" for key, item in value.items())
         yield "{" + ", ".join(items) + "}"
     elif isinstance(value, list | tuple):
-        if len(numbers := set(_flat(value))) == 1 and all(type(n) is int for n in numbers):
-            yield expression(*numbers)  # (3, 3): often 3 will do
+        numbers = list(_flat(value))
+        if all(type(number) is int for number in numbers) and len(set(numbers)) == 1:
+            yield expression(numbers[0])  # (3, 3): often 3 will do
         elif len(value) == 2 and isinstance(value[1], float) and value[0] == -value[1]:
             yield expression(value[1])  # (-0.1, 0.1)
         yield sequence(value, expression)

@@ -69,6 +69,7 @@ class KerasTasks:
             "known_points": [self._complete(space, point) for point in self._study.known_points],
             "precision": self.precision,
             "num_reports": self._num_reports,
+            "images_per_report": self._images_per_report,
             "images_per_epoch": len(self._split.x_train),
             "num_images": len(self._split.x_train) + len(self._split.x_val),
         }
@@ -118,7 +119,7 @@ class KerasTasks:
             hp.check_all_read()
         else:
             hp.check_all_read()
-            plan = self._final_plan(hp, len(x), message)
+            plan = self._final_plan(hp, len(x), self._images_per_report, message)
             progress = training.Progress(tell, plan.num_reports, plan.images_per_report)
             training.train(
                 model,
@@ -169,8 +170,8 @@ class KerasTasks:
         """A stored point as a script of its own; the data need not be there.
 
         Args:
-            message: as of `retrain`, without a path; title, data (name, reference, input_shape,
-                num_classes) and num_images in the training set.
+            message: as of `retrain`, without a path; images_per_report, title, data (name,
+                reference, input_shape, num_classes) and num_images in the training set.
         """
         from search import source
 
@@ -182,7 +183,7 @@ class KerasTasks:
         own_fit = trains_itself(self._study.space)
         if not own_fit:
             hp.check_all_read()
-        plan = self._final_plan(hp, num_images, message)
+        plan = self._final_plan(hp, num_images, message["images_per_report"], message)
         callbacks = space.callbacks(hp)
         for callback in callbacks:
             training.count_in_reports(callback, plan.reports_per_epoch, has_validation=False)
@@ -218,7 +219,9 @@ class KerasTasks:
     ) -> None:
         """Train as the product does; the model is left with its best weights."""
         batch_size = hp.values.get("batch_size", self._study.batch_size)
-        plan = self._plan(len(train[0]), self._num_reports, batch_size, seed)
+        plan = training.Plan(
+            len(train[0]), self._images_per_report, self._num_reports, batch_size, seed
+        )
         best_weights = keras.callbacks.EarlyStopping(
             training.MONITOR, mode="max", patience=plan.num_reports, restore_best_weights=True
         )
@@ -276,10 +279,13 @@ class KerasTasks:
 
     @property
     def _images_per_report(self) -> int:
-        """A whole epoch where the space trains itself, as Keras's own callbacks count."""
+        """A whole epoch where the space trains itself, as Keras's own callbacks count; else what
+        the run says, but an epoch at most, so that a small data set isn't trained for many."""
+        epoch = len(self._split.x_train)
         if trains_itself(self._study.space):
-            return len(self._split.x_train)
-        return int(self._settings["images_per_report"])
+            return epoch
+        trial = math.ceil(min(1.0, self._settings["epochs"]) * epoch)
+        return min(self._settings["images_per_report"], trial)
 
     @property
     def _num_reports(self) -> int:
@@ -291,16 +297,17 @@ class KerasTasks:
         return self._num_reports * self._images_per_report
 
     def _final_plan(
-        self, hp: ReplayedHyperParameters, num_images: int, message: Message
+        self,
+        hp: ReplayedHyperParameters,
+        num_images: int,
+        images_per_report: int,
+        message: Message,
     ) -> training.Plan:
         images = message["epochs"] * num_images * message["share"]
-        num_reports = max(1, round(images / self._settings["images_per_report"]))
+        num_reports = max(1, round(images / images_per_report))
         batch_size = hp.values.get("batch_size", self._study.batch_size)
-        return self._plan(num_images, num_reports, batch_size, message["seed"])
-
-    def _plan(self, num_images: int, num_reports: int, batch_size: int, seed: int) -> training.Plan:
         return training.Plan(
-            num_images, self._settings["images_per_report"], num_reports, batch_size, seed
+            num_images, images_per_report, num_reports, batch_size, message["seed"]
         )
 
     def _space(self, total_images: int) -> Space:

@@ -152,7 +152,7 @@ def _train(
     ).run(pool)
     figures = {
         "schema": 1,
-        **export.subject(settings, dataset, ready["precision"]),
+        **export.subject(settings, {**ready, "dataset": dataset}),
         **export.measured(jobs, dataset["class_names"], folder),
         "provenance": provenance.collect(),
         "config": config,

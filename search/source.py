@@ -60,9 +60,9 @@ def script(
     Args:
         model: built and compiled under the training's precision.
         title: which model this is; the script begins with it.
-        callbacks: those that the space brings, as `training.train` is about to use them: patience
-            and cooldown in reports, the monitor one that a training without validation has. Those
-            that can't be written become a comment.
+        callbacks: those that the space brings, patience and cooldown in reports (with own_fit in
+            epochs). A monitor `val_loss` becomes `loss`, since the script trains on all that is not
+            test data. A callback that can't be written becomes a comment.
         own_fit: the space trains with a `fit` of its own, which can't be copied.
 
     Raises:
@@ -174,24 +174,25 @@ def _main(
         lines.append(f'    keras.config.set_dtype_policy("{policy}")')
     lines.append("    (x_train, y_train), (x_test, y_test) = load_data()")
     lines += _labels(model)
+    lines.append("")
     if has_weights:
         lines.append("    # The trial began with weights of its own, such as pretrained ones; this")
         lines.append("    # model begins with random ones, and its figures will differ.")
     lines += ["    model = build()", "    compile_model(model)"]
     given = {"x": "batches(x_train, y_train)", "epochs": "NUM_REPORTS"}
-    given |= {"steps_per_epoch": "STEPS_PER_REPORT"}
+    given |= {"steps_per_epoch": "STEPS_PER_REPORT", "shuffle": "False"}
     if own_fit:
         lines.append("    # The space trains with a fit of its own; this is Keras's plain one.")
         given = {"x": "x_train", "y": "y_train", "batch_size": "BATCH_SIZE", "epochs": "EPOCHS"}
     written = [text for callback in callbacks if (text := _callback(callback))]
     lines += _left_out(callbacks)
     if written:
-        if any(re.search("patience|cooldown", text) for text in written):
+        if not own_fit and any(re.search("patience|cooldown", text) for text in written):
             lines.append("    # Patience and cooldown are counted in reports.")
         lines.append(wrapped(f"    callbacks = [{', '.join(written)}]"))
         given["callbacks"] = "callbacks"
     lines.append(wrapped(f"    {call_text('model.fit', ['x', 'y'], given | {'verbose': '2'})}"))
-    return "\n".join([*lines, _MEASURE])
+    return "\n".join([*lines, "", _MEASURE])
 
 
 def _labels(model: keras.Model) -> list[str]:
@@ -243,7 +244,7 @@ def _callback(callback: keras.callbacks.Callback) -> str | None:
 
 def _attribute(callback: keras.callbacks.Callback, name: str) -> Any:
     value = getattr(callback, name)
-    if callable(value) and not isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+    if callable(value):
         raise ValueError(f"{name} is a function")
     if name == "monitor":
         return value.removeprefix("val_")  # there is no validation in the script

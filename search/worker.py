@@ -68,8 +68,9 @@ class FunctionTasks:
 
     def describe(self) -> Message:
         points = list(self._study.known_points)
-        counts = dict.fromkeys(("num_reports", "images_per_epoch", "num_images"), 0)
-        return {"space": [], "precision": "", "known_points": points, **counts}
+        counts = ("num_reports", "images_per_report", "images_per_epoch", "num_images")
+        nothing = {"space": [], "precision": "", **dict.fromkeys(counts, 0)}
+        return {**nothing, "known_points": points}
 
     def trial(self, trial: RemoteTrial, message: Message) -> Message:
         assert self._study.objective is not None
@@ -156,7 +157,7 @@ def _failure(error: Exception) -> Message:
 
 
 def _own_frames(error: Exception) -> str:
-    """The traceback without this project's frames, where that leaves any: the user's and Keras's."""
+    """The traceback without this project's frames, where that leaves any."""
     here = os.path.dirname(__file__)
     own = traceback.TracebackException.from_exception(error)
     kept = [f for f in own.stack if not f.filename.startswith((here, "<frozen"))]

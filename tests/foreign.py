@@ -85,7 +85,7 @@ class Normalised(Deep):
 
 
 class OwnLoop(Deep):
-    """"Custom training": a loop of batches that calls the callbacks itself, and returns a number."""
+    """"Custom training": a loop of batches that calls the callbacks itself; returns a number."""
 
     def fit(self, hp, model, x, y, validation_data, epochs=1, callbacks=(), **kwargs):
         batch_size = hp.Int("batch_size", 16, 64, step=16, default=32)
@@ -103,7 +103,7 @@ class OwnLoop(Deep):
 
 
 class Convolutional(keras_tuner.HyperModel):
-    """The documentation's image classifier: blocks in a loop, kinds of pooling, steps of dropout."""
+    """The documentation's image classifier: blocks in a loop, poolings, steps of dropout."""
 
     def __init__(self, input_shape, num_classes):
         super().__init__()

@@ -20,7 +20,7 @@ from search.errors import EXIT_USAGE, SearchError
 from studies.study import Study
 
 ROOT = Path(__file__).parents[2]
-SPACE = '''
+SPACE = """
 import keras
 
 
@@ -30,7 +30,7 @@ def dense(hp):
     model.add(keras.layers.Dense(10, "softmax"))
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
-'''
+"""
 
 
 def script(folder: Path, text: str, *, fails: bool = False) -> str:
@@ -143,9 +143,10 @@ def test_an_unknown_study_is_a_usage_error(tmp_path):
 
 def test_ctrl_c_in_a_notebook_loses_nothing(tmp_path):
     def interrupt():
-        while not (tmp_path / "search.log").exists() or "trial 0" not in (
-            tmp_path / "search.log"
-        ).read_text():
+        while (
+            not (tmp_path / "search.log").exists()
+            or "trial 0" not in (tmp_path / "search.log").read_text()
+        ):
             time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -169,9 +170,7 @@ def test_it_runs_in_a_thread_that_gets_no_signals(tmp_path):
     results = []
 
     def work():
-        results.append(
-            search.run("quickstart", trials=1, epochs=0.5, out=tmp_path, retrain=False, verbosity=-1)
-        )
+        results.append(search.run("quickstart", trials=1, epochs=0.5, out=tmp_path, retrain=False))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -364,6 +364,7 @@ def test_split_is_the_same_in_every_version():
         ([2, 2], 2),
         ([2] * 300, 300),
         ([2, 7_000], 291),
+        ([24] * 2_600, 2_600),
     ],
 )
 def test_unbalanced_and_many_classes_can_be_split(counts, num_monitor):

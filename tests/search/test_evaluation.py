@@ -169,7 +169,7 @@ def test_predictions_of_a_saved_model(tmp_path, tiny, activation):
 def test_a_model_of_another_shape_is_refused(tmp_path, tiny):
     dense_model(tmp_path / "m.keras", size=5)
     with pytest.raises(
-        SearchError, match=r"maps \(4, 4, 1\) to 3.*m.keras, which maps \(5, 5, 1\)"
+        SearchError, match=r"m.keras takes images of shape \(5, 5, 1\). Received: \(4, 4, 1\)"
     ):
         evaluation.predict_test(tmp_path / "m.keras", "tiny", tmp_path / "m.npz", {})
 

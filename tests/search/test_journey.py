@@ -14,14 +14,16 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
-from search import artifacts, storage
+from search import artifacts, datasets, image_folder, storage
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--study", "quickstart", "--trials", "4", "--epochs", "2", "--seeds", "2"]
+SMALL = ["--study", "quickstart", "--trials", "4", "--epochs", "2", "--seeds", "2", "--log", "csv"]
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -193,6 +195,93 @@ def test_another_space_or_epochs_is_refused_with_what_differs(run_folder, tmp_pa
     assert process.returncode == 2
     assert "shift was" in output
     assert (run_folder / "study.db").read_bytes() == before
+
+
+def test_the_ensemble_is_the_mean_of_all_models(run_folder):
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    (winner,) = metrics["winners"]
+    saved = [np.load(run_folder / seed["evaluation"]) for seed in winner["seeds"]]
+    mean = sum(each["probabilities"] for each in saved) / 2
+    right = mean.argmax(axis=1) == saved[0]["labels"]
+    assert metrics["ensemble"]["models"] == 2
+    assert metrics["ensemble"]["test"]["accuracy"] == pytest.approx(right.mean())
+    assert metrics["ensemble"]["test"]["loss"] != winner["test"]["mean"]["loss"]
+
+
+def test_each_trial_and_winner_has_its_csv(run_folder):
+    trials = study_of(run_folder).trials
+    for trial in trials:
+        rows = (run_folder / "csv" / f"trial-{trial.number}.csv").read_text().splitlines()
+        assert rows[0].startswith("step,value,")
+        assert "learning_rate" in rows[0]
+        logged = {int(row.split(",")[0]): float(row.split(",")[1]) for row in rows[1:]}
+        assert logged == trial.intermediate_values
+    winners = {path.stem for path in (run_folder / "models").iterdir()}
+    assert winners < {path.stem for path in (run_folder / "csv").iterdir()}
+
+
+def test_the_exported_script_trains_the_winner_without_this_project(run_folder, tmp_path):
+    text = finish(run_folder, "export", "--study", "quickstart", "--format", "python")
+    (tmp_path / "model.py").write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-P", "model.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    winner = json.loads((run_folder / "metrics.json").read_text())["winners"][0]
+    assert f"parameters: {winner['parameters']}" in done.stdout
+    accuracy = float(re.search(r"test accuracy: ([\d.]+)", done.stdout)[1])
+    # The same images in the same order from the same weights: what is left is rounding.
+    assert accuracy == pytest.approx(winner["seeds"][0]["test"]["accuracy"], abs=0.02)
+
+
+def test_a_config_trained_again_gives_the_figures_of_its_file(run_folder, tmp_path):
+    config = run_folder / "configs" / "best.yaml"
+    output = finish(tmp_path, "train", str(config), "--seeds", "1")
+    assert re.search(r"test accuracy +0\.\d+ ± 0\.0000 +0\.\d+ ± 0\.\d+ +[+-]0\.\d+", output)
+    now = json.loads((tmp_path / "metrics.json").read_text())
+    was = json.loads((run_folder / "metrics.json").read_text())
+    assert now["winners"][0]["parameters"] == was["winners"][0]["parameters"]
+    assert now["config"] == yaml.safe_load(config.read_text())
+    (seed,) = now["winners"][0]["seeds"]
+    first = was["winners"][0]["seeds"][0]
+    assert seed["seed"] == first["seed"]
+    assert seed["test"]["accuracy"] == pytest.approx(first["test"]["accuracy"], abs=0.02)
+    before = artifacts.sha256(tmp_path / seed["model"])
+    again = finish(tmp_path, "train", str(config), "--seeds", "1")
+    assert "retrained for" not in again
+    assert artifacts.sha256(tmp_path / seed["model"]) == before
+
+
+def test_images_are_classified_by_winner_and_ensemble(run_folder, tmp_path):
+    x, _ = datasets.load_train("digits")
+    images = []
+    for number in range(3):
+        images.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(x[number, :, :, 0]).resize((40, 40)).convert("RGB").save(images[-1])
+    seen = np.stack([image_folder.read_image(Path(image), (8, 8, 1)) for image in images])
+    models = [keras.models.load_model(path) for path in sorted((run_folder / "models").iterdir())]
+    votes = [model.predict(seen, verbose=0) for model in models]
+    for model, expected in (("winner", votes[0]), ("ensemble", np.mean(votes, axis=0))):
+        output = finish(run_folder, "predict", "--study", "quickstart", "--model", model, *images)
+        for image, row in zip(images, expected, strict=True):
+            assert re.search(rf"{image} +{row.argmax()} +{row.max():.1%}", output), output
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [(None, "there is no image"), (b"no image", "broken.png")],
+)
+def test_a_file_that_is_no_image_is_one_line(run_folder, tmp_path, content, rule):
+    path = tmp_path / "broken.png"
+    if content:
+        path.write_bytes(content)
+    process = start(run_folder, "predict", "--study", "quickstart", str(path))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in (1, 2)
+    (line,) = [line for line in output.splitlines() if line.startswith("fmnist-search: ")]
+    assert rule in line
+    assert "Traceback" not in output
 
 
 def test_a_changed_model_is_noticed_and_made_again(run_folder):

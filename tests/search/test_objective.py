@@ -211,7 +211,7 @@ def test_the_batch_size_is_the_space_s_or_the_study_s():
             return [Count()]
 
     for space in (OwnBatches, StudyBatches):
-        tasks(space, epochs=0.3).trial(Trial(), MESSAGE)
+        tasks(space, epochs=0.4).trial(Trial(), MESSAGE)
     assert steps == [4, 8]
 
 
