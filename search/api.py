@@ -45,7 +45,7 @@ class Result:
         folder: of the run: study.db, metrics.json, models, configs.
         metrics: the content of metrics.json, test figures among it (schema: search/export.py); None
             where nothing was retrained.
-        study: the Optuna study, read only: `result.study.trials_dataframe()` and so on.
+        study: the Optuna study, read only.
     """
 
     folder: Path

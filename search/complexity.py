@@ -230,7 +230,10 @@ def _dot(call: _Call) -> int:
 def _multi_head_attention(call: _Call) -> int:
     """Projections, scaled scores, their softmax, and the sums of values that they weigh."""
     layer = call.operation
-    queries, values = _positions(call.inputs[0]), _positions(call.inputs[1])
+    queries = _positions(call.output)
+    others = [_positions(shape) for shape in call.inputs]  # query, value and key in any order
+    others.remove(queries)
+    values = others[0]
     heads = layer.num_query_heads if hasattr(layer, "num_query_heads") else layer.num_heads
     key_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.key_dim
     value_dim = layer.head_dim if hasattr(layer, "head_dim") else layer.value_dim

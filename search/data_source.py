@@ -120,11 +120,12 @@ def as_pixels(images, scale):
 _FOLDER = '''\
 def load_data():
     """Images (n, *IMAGE_SHAPE) uint8; labels (n,) by the order of the class folders' names."""
-    top = DATA / "train" if (DATA / "train").is_dir() else DATA
+    has_train = (DATA / "train").is_dir()
+    has_test = has_train and (DATA / "test").is_dir()
     train, test = [], []  # (path, label)
-    for label, folder in enumerate(sorted(path for path in top.iterdir() if path.is_dir())):
+    for label, folder in enumerate(class_folders(DATA / "train" if has_train else DATA)):
         paths = image_paths(folder)
-        if (DATA / "test").is_dir():
+        if has_test:
             test_paths = image_paths(DATA / "test" / folder.name)
         else:  # every 7th of a class
             test_paths = paths[6::7]
@@ -134,9 +135,13 @@ def load_data():
     return read_images(train), read_images(test)
 
 
+def class_folders(folder):
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
 def image_paths(folder):
-    suffixes = (".png", ".jpg", ".jpeg")
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    paths = (path for path in folder.iterdir() if path.name[0] != ".")
+    return sorted(path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
 
 
 def read_images(paths):

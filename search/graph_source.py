@@ -75,7 +75,7 @@ class _Graph:
             base = "inputs" if len(self._model.inputs) == 1 else own or "inputs"
             name = self._names[id(tensor)] = self._variable(base, -1, _FOREVER)
             yield f"{name} = {_input(tensor)}"
-        made_before = self._made_before()
+        made_before, said = self._made_before(), False
         for number, node in enumerate(self._nodes):
             for layer in made_before.get(number, ()):
                 text = self._write_layer(layer)
@@ -86,6 +86,9 @@ class _Graph:
             if self._begins_paragraph(number):
                 yield ""
             call = self._call(node)
+            if call.endswith(", training=False)") and not said:
+                said = True
+                yield "# training=False is for calls such as model(x): fit() overrules it."
             names = [self._name(tensor, number, node) for tensor in node.outputs]
             yield f"{', '.join(names)} = {call}{_shape_comment(node)}"
         ends = [self._value(self._model.input), self._value(self._model.output)]

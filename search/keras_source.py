@@ -21,8 +21,8 @@ import numpy as np
 from search.source_layout import quoted
 
 NAMESPACE = {"keras": keras, "layers": keras.layers, "np": np}  # what expressions refer to
-# Defaults of the first argument that are overruled without its name.
-_BARE = (
+# First arguments that need no name although they have a default.
+_BARE = [
     "cropping",
     "factor",
     "l2",
@@ -32,11 +32,11 @@ _BARE = (
     "pool_size",
     "size",
     "value",
-)
+]
 _ALWAYS = ("learning_rate",)  # said even where it is the default: a reader looks for it
 # What a config holds beside what its object is.
 INCIDENTAL = ("name", "build_config", "compile_config", "registered_name", "shared_object_id")
-_LONG_FLOAT = 8  # characters: a longer one may be a fraction, as 1 / 255
+_LONG_FLOAT = 8  # characters; a longer one may be a fraction, as 1 / 255
 
 
 def expression(value: Any) -> str:
@@ -164,7 +164,7 @@ def _floats(value: float) -> Iterator[str]:
         return
     inverse = round(1 / value, 3)
     fraction = Fraction(value).limit_denominator(1_000)
-    if inverse and 1 / inverse == value:
+    if inverse < 1_000 and 1 / (inverse or 1) == value:
         yield f"1 / {inverse:g}"
     elif float(fraction) == value:
         yield f"{fraction.numerator} / {fraction.denominator}"

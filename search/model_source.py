@@ -46,6 +46,8 @@ def functions(model: keras.Model) -> Network:
     Raises:
         ValueError: if something can't be written as code; the message names it and says why.
     """
+    if not model.compiled:
+        raise ValueError(f"Model {model.name!r} can't be written as code: it is not compiled")
     parts = _Parts()
     built = parts.function("build", model)
     config = model.get_compile_config()
@@ -97,7 +99,7 @@ class _Parts:
             self.functions.append(self.function(name, layer))
             return f"{name}()"
         try:
-            for value in vars(layer).values():
+            for value in (each for part in layer._flatten_layers() for each in vars(part).values()):
                 # Of a function, a config has the name only, which Keras's own may have too.
                 if inspect.isfunction(value) and not is_keras(value):
                     raise ValueError(f"{value.__name__} is a function of the space's own")
@@ -113,7 +115,7 @@ def _compile_function(model: keras.Model, config: dict[str, Any], *, with_jit_co
                 f"The loss {loss.__name__!r} can't be written as code: it is a function of the "
                 "space's own"
             )
-    body = []
+    lines = []
     given = {}
     defaults = inspect.signature(keras.Model.compile).parameters
     for key, value in config.items():
@@ -125,15 +127,15 @@ def _compile_function(model: keras.Model, config: dict[str, Any], *, with_jit_co
             raise refused(f"The model's {key}", error) from error
     rate = config["optimizer"]["config"].get("learning_rate")
     if isinstance(rate, dict):
-        body.append("# A step is a batch.")
-        body.append(f"learning_rate = {expression(rate)}")
+        lines.append("# A step is a batch.")
+        lines.append(f"learning_rate = {expression(rate)}")
         given["optimizer"] = given["optimizer"].replace(expression(rate), "learning_rate", 1)
     if not_decayed := _not_decayed(model.optimizer):
-        body.append(f"optimizer = {given['optimizer']}")
-        body.append(f"optimizer.exclude_from_weight_decay(var_names={not_decayed})")
+        lines.append(f"optimizer = {given['optimizer']}")
+        lines.append(f"optimizer.exclude_from_weight_decay(var_names={not_decayed})")
         given["optimizer"] = "optimizer"
-    body.append(call_text("model.compile", ["optimizer"], given))
-    return "\n".join(["def compile_model(model):", *(wrapped(f"    {line}") for line in body)])
+    lines.append(call_text("model.compile", ["optimizer"], given))
+    return "\n".join(["def compile_model(model):", *(wrapped(f"    {line}") for line in lines)])
 
 
 def _not_decayed(optimizer: Any) -> str | None:
@@ -194,8 +196,6 @@ def _numbered(value: Any, numbers: dict[str, int]) -> Any:
         return {key: _numbered(item, numbers) for key, item in value.items()}
     if not isinstance(value, list | tuple):
         return value
-    if (
-        len(value) == 3 and isinstance(value[0], str) and value[0] in numbers
-    ):  # a tensor: of which layer, call, output
-        return [numbers[value[0]], *value[1:]]
+    if len(value) == 3 and isinstance(value[0], str) and value[0] in numbers:
+        return [numbers[value[0]], *value[1:]]  # a tensor: of which layer, call, output
     return [_numbered(item, numbers) for item in value]

@@ -14,7 +14,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import keras
 import numpy as np
@@ -33,7 +33,7 @@ class Training:
     """How the model is trained."""
 
     seed: int
-    precision: Literal["float32", "bfloat16"]
+    precision: str  # float32 or bfloat16
     batch_size: int
     steps_per_report: int
     num_reports: int
@@ -114,8 +114,8 @@ def _docstring(title: str, training: Training, data: DataCode, *, own_fit: bool)
         " ".join(title.split()).rstrip(".") + ".",
         "    python model.py",
         f"It needs {', '.join(packages[:-1])} and {packages[-1]}. It trains for "
-        f"{training.epochs:.1f} passes over {training.num_images} images, prints {says}the number "
-        "of parameters and the figures on the test set, and saves the model as model.keras.",
+        f"{training.epochs:.1f} passes over {training.num_images:,} images, prints {says}the "
+        "number of parameters and the figures on the test set, and saves the model as model.keras.",
     ]
     text = "\n\n".join(
         textwrap.fill(part, WIDTH - 4) if part[0] != " " else part for part in paragraphs

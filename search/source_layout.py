@@ -1,6 +1,8 @@
 """Python code as it is laid out: a statement that is too long for a line is broken as ruff would.
 
-wrapped("    x = layers.Conv2D(32, 3, ...)(x)")
+    wrapped("    x = layers.Conv2D(32, 3, ...)(x)")
+
+One statement at a time, of those that a script is made of: assignments, returns and calls.
 """
 
 from __future__ import annotations

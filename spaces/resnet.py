@@ -1,4 +1,4 @@
-"""Residual networks: stages of residual blocks, each at half the height and width of the one before.
+"""Residual networks: stages of residual blocks, each of half the height and width of the last.
 
     model = ResNet((28, 28, 1), 10, total_images=270_000).build(keras_tuner.HyperParameters())
 
@@ -42,8 +42,8 @@ class ResNetArchitecture:
         A convolution's cost grows with the square of its filters, a stage's with its blocks: hence
         the square root.
         """
-        wanted = self.filters * self.growth**stage / self.blocks_per_stage**0.5
-        return min(MAX_FILTERS, max(8, int(wanted) // 8 * 8))
+        first = max(8, int(self.filters / self.blocks_per_stage**0.5) // 8 * 8)
+        return min(MAX_FILTERS, int(first * self.growth**stage) // 8 * 8)
 
     def outputs(self, x: Any, num_classes: int) -> Any:
         x = _convolved(x, self.stage_filters(0), self.stem_kernel_size)

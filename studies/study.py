@@ -30,13 +30,15 @@ class Study:
 
     name: str
     # A HyperModel (class or instance) or a function build(hp). A class is called with those of
-    # input_shape, num_classes and total_images (images seen in a whole training) that it takes.
+    # input_shape, num_classes (or classes) and total_images (images seen in a whole training) that
+    # it takes. Or text that says where it is: "file.py:name", relative to the study's own file, or
+    # "module:name".
     space: Any = None
     # Instead of a space: a function of an Optuna trial that returns the value to maximise. A trial
     # that reports a value too far behind ends there, whether or not it asks `should_prune`.
     # Nothing is retrained afterwards.
     objective: Callable[[Any], float] | None = None
-    dataset: str = "fashion_mnist"
+    dataset: str = "fashion_mnist"  # or a path, relative to the study's own file
     trials: int = 100
     epochs: float = 5  # passes over the training part, at most, for one trial
     final_epochs: float | None = None  # of a winner's retraining; None: as many as served it best

@@ -15,7 +15,7 @@ CLASSES = 3
 
 
 def dense(hp):
-    """"Getting started": a model without an Input, a switch, a logarithmic learning rate."""
+    """ "Getting started": a model without an Input, a switch, a logarithmic learning rate."""
     model = keras.Sequential()
     model.add(layers.Flatten())
     model.add(
@@ -37,7 +37,7 @@ def dense(hp):
 
 
 class Deep(keras_tuner.HyperModel):
-    """"Getting started": a number of layers, each with its own units; an accuracy called acc."""
+    """ "Getting started": a number of layers, each with its own units; an accuracy called acc."""
 
     def build(self, hp):
         model = keras.Sequential([layers.Flatten()])
@@ -53,7 +53,7 @@ class Deep(keras_tuner.HyperModel):
 
 
 class Shuffled(Deep):
-    """"Getting started": the training is tuned as well."""
+    """ "Getting started": the training is tuned as well."""
 
     def fit(self, hp, model, *args, **kwargs):
         return model.fit(
@@ -72,7 +72,7 @@ class Epochs(Deep):
 
 
 class Normalised(Deep):
-    """"Getting started": data prepared according to a hyperparameter, named arguments."""
+    """ "Getting started": data prepared according to a hyperparameter, named arguments."""
 
     def fit(self, hp, model, x, y, validation_data, callbacks=None, **kwargs):
         x_val, y_val = validation_data
@@ -85,7 +85,7 @@ class Normalised(Deep):
 
 
 class OwnLoop(Deep):
-    """"Custom training": a loop of batches that calls the callbacks itself; returns a number."""
+    """ "Custom training": a loop of batches that calls the callbacks itself; returns a number."""
 
     def fit(self, hp, model, x, y, validation_data, epochs=1, callbacks=(), **kwargs):
         batch_size = hp.Int("batch_size", 16, 64, step=16, default=32)
@@ -129,9 +129,7 @@ class Convolutional(keras_tuner.HyperModel):
         outputs = layers.Dense(self.num_classes, activation="softmax")(x)
         model = keras.Model(inputs, outputs)
         model.compile(
-            optimizer=keras.optimizers.Adam(
-                hp.Float("learning_rate", 1e-4, 1e-2, sampling="log")
-            ),
+            optimizer=keras.optimizers.Adam(hp.Float("learning_rate", 1e-4, 1e-2, sampling="log")),
             loss="categorical_crossentropy",
             metrics=["accuracy"],
         )
@@ -139,7 +137,7 @@ class Convolutional(keras_tuner.HyperModel):
 
 
 class Conditional(keras_tuner.HyperModel):
-    """"Conditional hyperparameters": scopes of a parent's value, name scopes, a fixed value."""
+    """ "Conditional hyperparameters": scopes of a parent's value, name scopes, a fixed value."""
 
     def build(self, hp):
         kind = hp.Choice("model_type", ["dense", "conv"])

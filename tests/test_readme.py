@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+COMMANDS = ("studies", "show", "retrain", "export", "train", "predict", "")
 
 
 def test_every_command_and_option_exists():
     shown = re.findall(r"fmnist-search ([a-z]+)?", README)
     assert shown
     helps = {}
-    for command in {name for name in shown if name in ("studies", "show", "retrain", "export", "")}:
+    for command in {name for name in shown if name in COMMANDS}:
         done = subprocess.run(
             [sys.executable, "-m", "search", *filter(None, [command]), "--help"],
             cwd=ROOT, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0
         helps[command] = done.stdout
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help"}:
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {
+        "--help",
+        "--logdir",
+        "--no-deps",
+    }:
         assert any(option in text for text in helps.values()), option
 
 
-def test_its_space_and_study_run(tmp_path):
-    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    file = tmp_path / "mine.py"
-    file.write_text(source)
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """A folder with the README's mine.py and its notebook as a script."""
+    folder = tmp_path_factory.mktemp("readme")
+    space, notebook = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (folder / "mine.py").write_text(space)
+    (folder / "notebook.py").write_text(notebook)
+    return folder
+
+
+def test_its_space_and_study_run(mine):
     done = subprocess.run(
-        [sys.executable, "-m", "search", "--study", str(file), "--out", str(tmp_path / "run"),
-         "--trials", "2", "--epochs", "1", "--seeds", "1"],
+        [sys.executable, "-m", "search", "--study", str(mine / "mine.py"), "--out",
+         str(mine / "run"), "--trials", "2", "--epochs", "1", "--seeds", "1"],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 of 2 trials finished" in done.stdout
-    assert (tmp_path / "run" / "configs" / "best.yaml").exists()
+    assert (mine / "run" / "configs" / "best.yaml").exists()
+
+
+def test_its_notebook_runs_as_a_script(mine):
+    done = subprocess.run(
+        [sys.executable, "notebook.py"],
+        cwd=mine, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Total params" in done.stdout
+    assert (mine / "runs" / "from_python" / "study.py").exists()
 
 
 def test_its_layout_names_every_file():

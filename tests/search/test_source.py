@@ -79,7 +79,7 @@ def loaded(text):
 
 def compiled(inputs, outputs, optimizer="adam", loss="categorical_crossentropy", **options):
     model = keras.Model(inputs, outputs)
-    model.compile(optimizer, loss=loss, metrics=["accuracy"], **options)
+    model.compile(optimizer, loss=loss, **({"metrics": ["accuracy"]} | options))
     return model
 
 
@@ -247,6 +247,7 @@ def test_a_script_reads_as_if_written_by_hand():
         "NUM_REPORTS = 8  # 2.9 passes",
         '    inputs = keras.Input((8, 8, 1), dtype="uint8")',
         "    x = layers.Rescaling(1 / 255)(inputs)",
+        "    # training=False is for calls such as model(x): fit() overrules it.",
         '    x = layers.RandomFlip("horizontal")(x, training=False)',
         '    x = layers.Conv2D(32, 3, padding="same", use_bias=False)(x)',
         "    x = layers.BatchNormalization(momentum=0.9)(x)",
@@ -561,6 +562,7 @@ def test_graphs_read_as_if_written_by_hand(build, lines):
 
 
 def test_all_that_is_written_is_laid_out_as_ruff_would(tmp_path):
+    pytest.importorskip("ruff")
     texts = [model_and_code(build)[1] for build in GRAPHS]
     space, model = space_and_model(POINTS[1])
     texts.append(text_of(model, callbacks=[*space.callbacks(point(POINTS[1])), *CALLBACKS]))
@@ -662,6 +664,15 @@ def of_optimizer():
             r"Layer 'a' \(Dense\) can't be written as code: relu is a function of the space's own",
         ),
         (
+            lambda: of_layer(layers.TimeDistributed(layers.Dense(3, relu)), (3, 4)),
+            r"\(TimeDistributed\) can't be written as code: relu is a function of the space's own",
+        ),
+        (
+            lambda: compiled(i := keras.Input((4,)), layers.Dense(2)(i), metrics=[softer_loss]),
+            "The model's metrics can't be written as code: the function 'softer_loss' is not one",
+        ),
+        (lambda: keras.Sequential([keras.Input((4,))]), "it is not compiled"),
+        (
             lambda: of_layer(layers.TimeDistributed(Doubled()), (3, 4)),
             "Doubled is not one of Keras's own classes",
         ),
@@ -678,7 +689,7 @@ def of_optimizer():
             r"it holds a constant of shape \(100,\)",
         ),
     ],
-    ids=range(11),
+    ids=range(14),
 )
 def test_what_can_t_be_written_is_named(build, message):
     with warnings.catch_warnings(action="ignore"):  # Keras's, of odd layers
@@ -810,12 +821,14 @@ def test_a_folder_is_read_as_the_product_reads_it(layout, mode, tmp_path, monkey
     folder = tmp_path / "flowers"
     parts = {"train": ["train"], "train and test": ["train", "test"], "classes": ["."]}[layout]
     for part in parts:
-        for name in ("rose", "lily"):
+        for name in ("rose", "lily", "test"):
             (folder / part / name).mkdir(parents=True)
             for number in range(8):
                 file = folder / part / name / f"{number:02}.png"
                 drawing(number + 100 * len(name), mode, (6 + number % 3, 5)).save(file)
             (folder / part / name / "notes.txt").write_text("not an image")
+            (folder / part / name / "._00.png").write_text("what macOS leaves")
+        (folder / part / ".hidden").mkdir()
     image_folder.prepare(folder)
     shape, classes = image_folder.describe(folder)
     read = data_of(DataSource(name=str(folder), input_shape=shape, num_classes=len(classes)))

@@ -303,6 +303,23 @@ def test_progress_is_told_at_each_report():
     assert all(figures["images_per_second"] > 0 for figures in told)
 
 
+def own_sparse_loss(y, predicted):
+    return keras.losses.sparse_categorical_crossentropy(y, predicted) * 2
+
+
+def own_one_hot_loss(y, predicted):
+    return keras.losses.categorical_crossentropy(y, predicted) * 2
+
+
+def test_labels_of_a_model_that_ends_in_one_number():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, "sigmoid")])
+    model.compile("sgd", "binary_crossentropy", metrics=["accuracy"])
+    labels = training.as_loss_wants(model, np.array([1, 0, 1], np.uint8))
+    assert labels.tolist() == [[1.0], [0.0], [1.0]]
+    x = np.zeros((3, 4))
+    assert model.evaluate(x, labels, verbose=0)[1] in (pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
 @pytest.mark.parametrize(
     ("loss", "is_one_hot"),
     [
@@ -315,6 +332,10 @@ def test_progress_is_told_at_each_report():
         (keras.losses.CategoricalCrossentropy(name="smooth"), True),
         (keras.losses.categorical_crossentropy, True),
         ("categorical_focal_crossentropy", True),
+        ("binary_crossentropy", True),
+        ("mse", True),
+        (own_sparse_loss, False),
+        (own_one_hot_loss, True),
     ],
     ids=str,
 )

@@ -87,7 +87,7 @@ OPTIMIZERS = [
 ]
 
 
-def three_layers(optimizer):
+def three_layers(optimizer, *, run_eagerly=True):
     """Layers "frozen", "slow" and "head", with the same weights each time; biases are ones."""
     keras.utils.set_random_seed(1)
     inputs = x = keras.Input((3,))
@@ -96,23 +96,26 @@ def three_layers(optimizer):
     outputs = keras.layers.Dense(2, "softmax", name="head", dtype="float32")(x)
     model = keras.Model(inputs, outputs)
     model.get_layer("frozen").trainable = False
-    model.compile(optimizer, loss="categorical_crossentropy", metrics=["accuracy"])
+    loss = "categorical_crossentropy"
+    model.compile(optimizer, loss=loss, metrics=["accuracy"], run_eagerly=run_eagerly)
     return model
 
 
-def moved(optimizer, steps=1):
+def moved(optimizer, steps=1, **how):
     """How far each layer's kernel and bias go."""
-    model = three_layers(optimizer)
+    model = three_layers(optimizer, **how)
     before = {layer.name: layer.get_weights() for layer in model.layers}
     for _ in range(steps):
         model.train_on_batch(IMAGES, LABELS)
     return {
-        layer.name: [now - was for now, was in zip(layer.get_weights(), before[layer.name])]
+        layer.name: [
+            now - was for now, was in zip(layer.get_weights(), before[layer.name], strict=True)
+        ]
         for layer in model.layers[1:]
     }
 
 
-@pytest.fixture(params=["float32", "mixed_bfloat16"])
+@pytest.fixture
 def precision(request):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(request.param)
@@ -120,11 +123,17 @@ def precision(request):
     keras.config.set_dtype_policy(before)
 
 
+@pytest.mark.parametrize(
+    ("precision", "run_eagerly"),
+    [("float32", True), ("mixed_bfloat16", False)],
+    indirect=["precision"],
+)
 @pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize(("name", "settings"), OPTIMIZERS)
-def test_a_layer_moves_at_its_own_rate(name, settings):
-    whole = moved(make_optimizer(name, 0.1, **settings))
-    part = moved(make_optimizer(name, 0.1, layer_rates={"slow": 0.25}, **settings))
+def test_a_layer_moves_at_its_own_rate(name, settings, run_eagerly):
+    slow = {"layer_rates": {"slow": 0.25}}
+    whole = moved(make_optimizer(name, 0.1, **settings), run_eagerly=run_eagerly)
+    part = moved(make_optimizer(name, 0.1, **settings, **slow), run_eagerly=run_eagerly)
     for weight in range(2):
         np.testing.assert_array_equal(part["frozen"][weight], 0)
         # Kernel and bias, weight decay included: exactly a quarter, but for rounding.

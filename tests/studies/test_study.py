@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from sklearn.utils import shuffle
 
 from spaces.cnn import CNN
-from studies import cnn, mlp, quickstart
+from studies import cnn, mlp, quickstart, resnet
 from studies.study import Study
 
 KNOWN = [
@@ -17,6 +17,7 @@ KNOWN = [
         (cnn, (cnn.OVERFIT_CNN, cnn.REGULARISED_CNN, cnn.PLATEAU_CNN)),
         (mlp, ()),
         (quickstart, ()),
+        (resnet, ()),
     ]
     for number, point in enumerate([*file.study.known_points, *others])
 ]
@@ -54,7 +55,7 @@ def test_what_the_rules_allow(fields):
     assert getattr(study, *fields) == next(iter(fields.values()))
 
 
-@pytest.mark.parametrize("file", [cnn, mlp, quickstart])
+@pytest.mark.parametrize("file", [cnn, mlp, quickstart, resnet])
 def test_a_study_file_says_what_it_asks(file):
     with open(file.__file__) as source:
         docstring = ast.get_docstring(ast.parse(source.read()))
@@ -63,7 +64,7 @@ def test_a_study_file_says_what_it_asks(file):
     assert file.__name__ == f"studies.{file.study.name}"
 
 
-@pytest.mark.parametrize("file", [cnn, mlp, quickstart])
+@pytest.mark.parametrize("file", [cnn, mlp, quickstart, resnet])
 def test_reports_end_with_a_whole_batch(file):
     assert all(file.study.images_per_report % size == 0 for size in file.study.space.batch_sizes)
 
