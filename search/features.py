@@ -8,8 +8,8 @@ What comes before the first trainable layer is a constant function of the image,
 in it is random in training. search/feature_store.py keeps its values on disk; a mapped array of
 them is read by `training_batches`.
 
-Keras 3.15 hands `training=True` to every layer of a functional model in `fit`, also to one that was
-called with `training=False`: a frozen base with dropout in it is not constant, however it is called.
+In `fit`, Keras 3.15 hands `training=True` to every layer of a functional model, also to one that
+was called with `training=False`: a frozen base with dropout in it is not constant.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ import numpy as np
 from search import backend
 from search.model_graph import arguments, calls, tensors
 
+LOGITS_DIFFER = 1e-2  # at most, between float16 and float32 activations
+CLASSES_AGREE = 0.999  # of the images, at least
+_BATCH = 256
 _ALIGNMENT = 64  # bytes, of TensorFlow's arrays; a .npy file's data begins at a multiple of it
-_TRIED_IMAGES = 4  # on which two calls of the prefix, and the cut model and the whole, must agree
+_TRIED_IMAGES = 4  # on which the prefix must be constant, and both parts together the model
+# Positions of an image up to which convolutions are sums of matrix products. Time of a training
+# step of 128 images, 512 to 512 channels, against Keras's convolution (TensorFlow 2.21, float32,
+# AVX-512): 2x2 a quarter, 4x4 two thirds.
+_FEW_POSITIONS = 16
 
 
 class Cut(NamedTuple):
@@ -40,9 +47,6 @@ class Rows(NamedTuple):
 
     array: np.ndarray  # (n, ...) float16 or float32, mapped
     positions: np.ndarray  # (m,) of the rows in it
-
-    def __len__(self) -> int:
-        return len(self.positions)
 
 
 def cut(model: keras.Model, images: np.ndarray | None = None) -> Cut | None:
@@ -62,30 +66,74 @@ def cut(model: keras.Model, images: np.ndarray | None = None) -> Cut | None:
         None where no weights come before the first layer that is trained or random, where more
         than one tensor crosses there, or where nothing is trained at all.
     """
-    if not _is_graph(model) or not model.compiled or not model.trainable_variables:
-        return None
-    if len(model.inputs) != 1 or len(model.outputs) != 1:
+    if not (_is_graph(model) and model.compiled and model.trainable_variables):
         return None
     tried = _some_images(model) if images is None else np.array(images[:_TRIED_IMAGES])
     for prefix, rest in _splits(model):
-        if prefix.weights and _is_sound(model, prefix, rest, tried):
+        if not prefix.weights:
+            continue
+        quick = _with_quick_convolutions(rest)
+        if _is_sound(model, prefix, quick, tried):
             config = model._compile_config.config  # as given: get_compile_config holds copies
-            rest.compile(**(config | {"optimizer": model.optimizer, "auto_scale_loss": False}))
-            return Cut(prefix, rest)
+            quick.compile(**(config | {"optimizer": model.optimizer, "auto_scale_loss": False}))
+            return Cut(prefix, quick)
     return None
+
+
+def fits_float16(rest: keras.Model, activations: np.ndarray) -> bool:
+    """Whether the rest answers the same to activations in float16: logits, and nearly all classes.
+
+    Args:
+        activations: (n, ...) float32.
+    """
+    agreeing = 0
+    for start in range(0, len(activations), _BATCH):
+        exact = np.asarray(activations[start : start + _BATCH])
+        half = as_float16(exact)
+        if half is None:
+            return False
+        logits = _logits(rest.predict_on_batch(exact))
+        rounded = _logits(rest.predict_on_batch(half.astype(np.float32)))
+        if not np.abs(logits - rounded).max() < LOGITS_DIFFER:
+            return False
+        agreeing += int(np.count_nonzero(_classes(logits) == _classes(rounded)))
+    return agreeing >= CLASSES_AGREE * len(activations)
+
+
+def as_float16(activations: np.ndarray) -> np.ndarray | None:
+    """In float16, or None where a number is too large for it (65 504)."""
+    if np.abs(activations).max() > np.finfo(np.float16).max:
+        return None
+    return activations.astype(np.float16)
+
+
+def describe(model: keras.Model) -> list[Any]:
+    """What a model computes, but for its weights and for names: Keras numbers those as it goes."""
+    places: dict[int, str] = {}
+    described = []
+    for at, call in enumerate(calls(model)):
+        places |= {id(tensor): f"{at}.{index}" for index, tensor in enumerate(call.outputs)}
+        operation = call.operation
+        given = keras.tree.map_structure(lambda v: places.get(id(v), repr(v)), arguments(call))
+        config = {name: v for name, v in operation.get_config().items() if name != "name"}
+        about = describe(operation) if _is_graph(operation) else config
+        described.append([type(operation).__module__, type(operation).__name__, about, given])
+    return described
 
 
 def training_batches(rows: Rows, y: np.ndarray, order: np.ndarray, batch_size: int) -> Iterable:
     """As `backend.training_batches`, from a mapped array of which nothing is copied.
 
     Args:
-        y: (len(rows), ...) labels.
+        y: (m, ...) labels of the rows.
         order: positions in rows, (steps * batch_size,) int32.
     """
     batches = order.reshape(-1, batch_size)
     if keras.backend.backend() != "tensorflow":
         return _numpy_batches(rows, y, batches)
-    return _gathered(rows, y, batches).prefetch(2)
+    import tensorflow as tf
+
+    return _gathered(rows, y, tf.data.Dataset.from_tensor_slices(batches)).prefetch(2)
 
 
 def validation_batches(rows: Rows, y: np.ndarray) -> Iterable:
@@ -94,28 +142,24 @@ def validation_batches(rows: Rows, y: np.ndarray) -> Iterable:
         return _Batches(rows, y)
     import tensorflow as tf
 
-    order = tf.data.Dataset.range(len(rows)).batch(backend.VALIDATION_BATCH)
-    return _gathered(rows, y, order)
+    positions = tf.data.Dataset.range(len(rows.positions))
+    return _gathered(rows, y, positions.batch(backend.VALIDATION_BATCH))
 
 
 def _gathered(rows: Rows, y: np.ndarray, batches: Any) -> Any:
     import tensorflow as tf
 
-    array = rows.array
-    if array.ctypes.data % _ALIGNMENT == 0:  # else TensorFlow would abort the process
+    if rows.array.ctypes.data % _ALIGNMENT:  # shared, TensorFlow would abort the process
+        array = tf.constant(rows.array)
+    else:
         # Shares the mapped memory, where a constant would be a copy in each worker.
-        array = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+        array = tf.experimental.dlpack.from_dlpack(rows.array.__dlpack__())
     positions, labels = tf.constant(rows.positions), tf.constant(y)
-    if isinstance(batches, np.ndarray):
-        batches = tf.data.Dataset.from_tensor_slices(batches)
-    return backend._untuned(
-        batches.map(
-            lambda chosen: (
-                tf.gather(array, tf.gather(positions, chosen)),
-                tf.gather(labels, chosen),
-            )
-        )
-    )
+
+    def gather(chosen: Any) -> Any:
+        return tf.gather(array, tf.gather(positions, chosen)), tf.gather(labels, chosen)
+
+    return backend._untuned(batches.map(gather))
 
 
 def _numpy_batches(rows: Rows, y: np.ndarray, batches: np.ndarray) -> Iterator:
@@ -129,7 +173,7 @@ class _Batches(keras.utils.PyDataset):
         self._rows, self._y = rows, y
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // backend.VALIDATION_BATCH)
+        return -(-len(self._y) // backend.VALIDATION_BATCH)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         start = index * backend.VALIDATION_BATCH
@@ -137,34 +181,49 @@ class _Batches(keras.utils.PyDataset):
         return self._rows.array[self._rows.positions[part]], self._y[part]
 
 
+def _logits(outputs: np.ndarray) -> np.ndarray:
+    """Of probabilities, their logarithms: logits but for a constant in each row."""
+    outputs = outputs.astype(np.float64).reshape(len(outputs), -1)
+    if not (outputs.min() >= 0 and outputs.max() <= 1):
+        return outputs
+    if outputs.shape[1] == 1:
+        p = outputs.clip(1e-7, 1 - 1e-7)
+        return np.log(p / (1 - p))
+    if np.allclose(outputs.sum(axis=1), 1, atol=2e-2):  # the digits that bfloat16 has
+        return np.log(outputs.clip(1e-30))
+    return outputs
+
+
+def _classes(logits: np.ndarray) -> np.ndarray:
+    return logits.argmax(axis=1) if logits.shape[1] > 1 else logits[:, 0] > 0
+
+
 def _splits(model: keras.Model) -> Iterator[tuple[keras.Model, keras.Model]]:
     """Prefix and rest at every tensor that alone crosses, the deepest first."""
     crossing, following = _crossings(model)
-    if following is not None and crossing and _reads_only(following, crossing[-1]):
+    if crossing and following is not None and _reads_only(following, crossing[-1]):
         yield from _splits_inside(model, crossing[-1], following)
     for tensor in reversed(crossing):
         yield keras.Model(model.inputs[0], tensor), keras.Model(tensor, model.outputs[0])
 
 
 def _splits_inside(
-    model: keras.Model, tensor: Any, node: Any
+    model: keras.Model, tensor: Any, call: Any
 ) -> Iterator[tuple[keras.Model, keras.Model]]:
-    """Those in a model that is a layer of this one, and the first that is not constant."""
-    for inner_prefix, inner_rest in _splits(node.operation):
+    """Those in a model that is a layer of this one, the first that is not constant."""
+    for inner_prefix, inner_rest in _splits(call.operation):
         prefix = keras.Model(model.inputs[0], inner_prefix(tensor))
-        crossing = inner_rest.inputs[0]
-        start = keras.Input(batch_shape=crossing.shape, dtype=crossing.dtype)
+        start = keras.Input(batch_shape=inner_rest.input_shape, dtype=inner_rest.inputs[0].dtype)
         end = inner_rest(start)
-        if node.outputs[0] is not model.outputs[0]:
+        if call.outputs[0] is not model.outputs[0]:
             # Under the output's name, since losses may be given by it.
             name = model.output_names[0]
-            end = keras.Model(node.outputs[0], model.outputs[0], name=name)(end)
+            end = keras.Model(call.outputs[0], model.outputs[0], name=name)(end)
         yield prefix, keras.Model(start, end)
 
 
 def _crossings(model: keras.Model) -> tuple[list[Any], Any]:
-    """Tensors before which all is constant and which alone cross there, in order; and the call that
-    comes next."""
+    """Tensors that alone cross with only what is constant before them, and the call after it."""
     nodes = calls(model)
     last_read = {id(tensor): at for at, node in enumerate(nodes) for tensor in tensors(node)}
     last_read[id(model.outputs[0])] = len(nodes)
@@ -189,31 +248,26 @@ def _is_constant(operation: Any) -> bool:
 
 
 def _moves(layer: keras.Layer) -> bool:
-    """As batch normalization without scale and centre does: it has nothing to train, and its
-    statistics move."""
-    parts = [part for part in layer._flatten_layers() if part is not layer]
-    has_own = len(layer.weights) > sum(len(part.weights) for part in parts) if parts else (
-        bool(layer.weights)
-    )
-    return has_own and layer.trainable and "training" in inspect.signature(layer.call).parameters
+    """As batch normalization without scale and centre: it has nothing to train, but statistics."""
+    has_training = "training" in inspect.signature(layer.call).parameters
+    return layer.trainable and has_training and bool(layer._non_trainable_variables)
 
 
-def _is_graph(model: keras.Model) -> bool:
-    """Whether Keras itself calls its layers one after the other, and trains it."""
-    own = type(model).__module__.partition(".")[0] == "keras"
-    return own and model.built and hasattr(model, "inputs") and bool(model.inputs)
+def _is_graph(model: Any) -> bool:
+    """Whether Keras itself leads one input through the model's layers to one output."""
+    own = isinstance(model, keras.Model) and type(model).__module__.startswith("keras.")
+    return own and model.built and len(model.inputs or ()) == 1 == len(model.outputs or ())
 
 
-def _reads_only(node: Any, tensor: Any) -> bool:
+def _reads_only(call: Any, tensor: Any) -> bool:
     """Whether it calls a model with one tensor, and with nothing but `training` beside it."""
-    args, kwargs = arguments(node)
+    args, kwargs = arguments(call)
+    given = {name for name, value in kwargs.items() if value is not None}
     return (
-        isinstance(node.operation, keras.Model)
-        and _is_graph(node.operation)
-        and len(node.operation.inputs) == len(node.operation.outputs) == 1
+        _is_graph(call.operation)
         and len(args) == 1
         and args[0] is tensor
-        and not {name for name, value in kwargs.items() if value is not None} - {"training"}
+        and (given <= {"training"})
     )
 
 
@@ -232,17 +286,74 @@ def _is_sound(
     before = prefix.get_weights()
     still = prefix(images, training=False)
     moving = prefix(images, training=True)
-    losses = prefix.losses
+    adds_losses = bool(prefix.losses)
     if not all(map(np.array_equal, before, prefix.get_weights())):
         prefix.set_weights(before)
         return False
-    whole = model(images, training=False)
-    return (
-        not losses and _are_close(still, moving) and _are_close(whole, rest(still, training=False))
-    )
+    if adds_losses or not _are_close(still, moving):
+        return False
+    return _are_close(model(images, training=False), rest(still, training=False))
 
 
 def _are_close(some: Any, others: Any) -> bool:
     tolerance = 1e-4 if str(some.dtype) == "float32" else 1e-2  # of the largest
     a, b = (keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")) for x in (some, others))
     return np.allclose(a, b, rtol=0, atol=tolerance * np.abs(a).max())
+
+
+def _with_quick_convolutions(rest: keras.Model) -> keras.Model:
+    """The same layers, of which small convolutions are computed in another way on CPUs."""
+    if backend.visible_gpus() or not any(map(_can_be_quick, rest._flatten_layers())):
+        return rest
+    return keras.models.clone_model(
+        rest,
+        clone_function=lambda layer: QuickConv2D(layer) if _can_be_quick(layer) else layer,
+        recursive=True,
+    )
+
+
+def _can_be_quick(layer: keras.Layer) -> bool:
+    return (
+        type(layer) is keras.layers.Conv2D
+        and layer.padding == "same"
+        and layer.strides == layer.dilation_rate == (1, 1)
+        and layer.groups == 1
+        and layer.data_format == "channels_last"
+        and all(size % 2 for size in layer.kernel_size)
+        and layer.compute_dtype == "float32"
+        and layer.quantization_mode is None
+        and layer.activity_regularizer is None
+    )
+
+
+class QuickConv2D(keras.layers.Layer):
+    """A Conv2D on few positions: a matrix product for each element of its kernel.
+
+    On 2x2 positions a 3x3 kernel multiplies mostly padding, and TensorFlow is slow at what is left.
+    """
+
+    def __init__(self, layer: keras.layers.Conv2D):
+        super().__init__(name=layer.name, trainable=layer.trainable)
+        self.layer = layer
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        height, width = x.shape[1:3]
+        if not (height and width and height * width <= _FEW_POSITIONS):
+            return self.layer(x)
+        rows, columns, channels, filters = self.layer.kernel.shape
+        elements = keras.ops.reshape(self.layer.kernel, (rows * columns, channels, filters))
+        total: Any = self.layer.bias if self.layer.use_bias else 0.0
+        for at, element in enumerate(keras.ops.unstack(elements, rows * columns)):
+            down, right = at // columns - rows // 2, at % columns - columns // 2
+            if abs(down) >= height or abs(right) >= width:
+                continue  # it meets padding only
+            seen = x[:, max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
+            part = keras.ops.matmul(keras.ops.reshape(seen, (-1, channels)), element)
+            part = keras.ops.reshape(part, (-1, *seen.shape[1:3], filters))
+            padding = [(max(-shift, 0), max(shift, 0)) for shift in (down, right)]
+            total = total + keras.ops.pad(part, ((0, 0), *padding, (0, 0)))
+        return self.layer.activation(total)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return self.layer.compute_output_shape(input_shape)

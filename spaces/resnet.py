@@ -2,10 +2,10 @@
 
     model = ResNet((28, 28, 1), 10, total_images=270_000).build(keras_tuner.HyperParameters())
 
-The defaults are a strong model as it stands. Three rules keep the dearest point at about five times
-the defaults' cost: a stage of several blocks has so many fewer filters that it costs about as much
-as a stage of one (depth is weighed against width, not against time), no layer has more than
-MAX_FILTERS filters, and the size of kernel is a choice for the stem only, where a map has few
+The defaults are a strong model as it stands. Three rules keep the dearest point at less than five
+times the defaults' cost: a stage of several blocks has so many fewer filters that it costs no more
+than a stage of one, about (depth is weighed against width, not against time), no layer has more
+than MAX_FILTERS filters, and the size of kernel is a choice for the stem only, where a map has few
 channels.
 """
 

@@ -10,6 +10,7 @@ gives the same activations for an image at each step.
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -89,7 +90,7 @@ def pretrained(x: Any, weights: str, unfrozen: tuple[str, ...]) -> Any:
         network = keras.applications.VGG16(
             include_top=False, weights=None if weights == RANDOM else weights, input_tensor=x
         )
-    except Exception as error:  # whatever Keras's loaders of three layouts raise
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
         if weights in (RANDOM, "imagenet"):
             raise
         why = " ".join(str(error).split())[:300]

@@ -92,7 +92,7 @@ def test_the_size_of_resnet20():
     assert len(convolutions(model, 3)) + 1 == 20
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_every_point_is_a_model_of_bounded_cost(seed, parameters, default_cost):
     hp = point(random_values(parameters, seed))
     asked = set(hp.values)
@@ -102,24 +102,22 @@ def test_every_point_is_a_model_of_bounded_cost(seed, parameters, default_cost):
         assert min(min(layer.output.shape[1:]) for layer in model.layers) >= 1
         assert len(additions(model)) == hp.get("num_stages") * hp.get("blocks_per_stage")
         if shape == SHAPE:
-            assert complexity.flops(model) <= 5.5 * default_cost
+            assert complexity.flops(model) <= 5 * default_cost
     assert set(hp.values) == asked  # nothing is read that one build at the defaults does not show
     assert [p.name for p in hp.space] == [p.name for p in parameters]
 
 
-@pytest.mark.parametrize("blocks_per_stage", [1, 2, 3])
-@pytest.mark.parametrize(
-    ("space", "filters", "times"), [(ResNet, 64, 5.5), (FashionResNet, 32, 1.5)]
-)
+@pytest.mark.parametrize("blocks_per_stage", [1, 3])
+@pytest.mark.parametrize(("space", "filters", "times"), [(ResNet, 64, 5), (FashionResNet, 32, 1.5)])
 def test_the_dearest_points(space, filters, times, blocks_per_stage, default_cost):
     values = DEAREST | {"filters": filters, "blocks_per_stage": blocks_per_stage}
     assert complexity.flops(built(values, space=space)) <= times * default_cost
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 3), (8, 30, 1), (33, 9, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 8, 3), (33, 9, 1)], ids=str)
 @pytest.mark.parametrize("shortcut", ResNet.shortcuts)
 def test_the_deepest_point_keeps_at_least_one_pixel(shape, shortcut):
-    model = built(DEAREST | {"blocks_per_stage": 3, "shortcut": shortcut}, shape)
+    model = built(DEAREST | {"shortcut": shortcut}, shape)
     assert min(min(layer.output.shape[1:]) for layer in model.layers) >= 1
     assert max(layer.filters for layer in convolutions(model, 3)) == MAX_FILTERS
 
@@ -181,7 +179,7 @@ def test_shortcuts_where_the_map_halves(shortcut, strides):
 
 @pytest.mark.parametrize("order", ResNet.orders)
 def test_a_block_whose_convolutions_are_nought_lets_everything_past(order):
-    model = built({"num_stages": 1, "blocks_per_stage": 3, "order": order})
+    model = built({"num_stages": 1, "blocks_per_stage": 2, "order": order})
     _, *in_blocks = convolutions(model, 3)
     for layer in in_blocks:
         layer.kernel.assign(np.zeros(layer.kernel.shape))
@@ -208,6 +206,7 @@ def test_a_subclass_narrows_the_space():
 def test_a_saved_model_is_plain_keras(order, tmp_path):
     model = built(SMALL | {"order": order, "block_dropout": 0.1}, (8, 8, 1))
     assert all(type(layer).__module__.startswith("keras.") for layer in model.layers)
+    model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "model.keras")
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), dtype="uint8")
     loaded = keras.models.load_model(tmp_path / "model.keras")
