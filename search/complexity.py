@@ -1,4 +1,4 @@
-"""What a model costs: its parameters, and the operations of one image's way through it.
+"""What a model costs: its parameters, and the floating-point operations of one image's inference.
 
     complexity.parameters(model), complexity.flops(model)  # 585514, 59157084
 

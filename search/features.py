@@ -109,12 +109,16 @@ def as_float16(activations: np.ndarray) -> np.ndarray | None:
 
 def describe(model: keras.Model) -> list[Any]:
     """What a model computes, but for its weights and for names: Keras numbers those as it goes."""
-    places: dict[int, str] = {}
+    places: dict[int, str] = {}  # of tensors, by id
+
+    def place(value: Any) -> str:
+        return places.get(id(value), repr(value))
+
     described = []
     for at, call in enumerate(calls(model)):
         places |= {id(tensor): f"{at}.{index}" for index, tensor in enumerate(call.outputs)}
         operation = call.operation
-        given = keras.tree.map_structure(lambda v: places.get(id(v), repr(v)), arguments(call))
+        given = keras.tree.map_structure(place, arguments(call))
         config = {name: v for name, v in operation.get_config().items() if name != "name"}
         about = describe(operation) if _is_graph(operation) else config
         described.append([type(operation).__module__, type(operation).__name__, about, given])

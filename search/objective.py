@@ -173,7 +173,7 @@ class KerasTasks:
             message: as of `retrain`, without a path; images_per_report, title, data (name,
                 reference, input_shape, num_classes) and num_images in the training set.
         """
-        from search import source
+        from search.codegen import script
 
         data, num_images = message["data"], message["num_images"]
         images = Images(data["name"], tuple(data["input_shape"]), data["num_classes"])
@@ -185,11 +185,11 @@ class KerasTasks:
             hp.check_all_read()
         plan = self._final_plan(hp, num_images, message["images_per_report"], message)
         callbacks = space.callbacks(hp)
-        for callback in callbacks:
+        for callback in [] if own_fit else callbacks:  # a fit of its own counts epochs
             training.count_in_reports(callback, plan.reports_per_epoch, has_validation=False)
-        text = source.script(
+        text = script.script(
             model,
-            source.Training(
+            script.Training(
                 seed=message["seed"],
                 precision=self.precision,
                 batch_size=plan.batch_size,
@@ -198,7 +198,7 @@ class KerasTasks:
                 num_images=num_images,
             ),
             title=message["title"],
-            dataset=source.DataSource(
+            dataset=script.DataSource(
                 name=data["reference"],
                 input_shape=images.input_shape,
                 num_classes=images.num_classes,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from search.codegen.layout import quoted
 from search.datasets import SPLIT_SEED
-from search.source_layout import quoted
 
 _MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from search.keras_source import (
+from search.codegen.expressions import (
     call_text,
     expression,
     is_keras,
@@ -24,8 +24,8 @@ from search.keras_source import (
     sequence,
     snake_case,
 )
+from search.codegen.layout import quoted
 from search.model_graph import age, arguments, calls, tensors
-from search.source_layout import quoted
 
 _MAX_CONSTANT = 64  # numbers of an array that is written out
 _FOREVER = 1 << 30  # the number of a call that never comes

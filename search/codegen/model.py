@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from search.graph_source import body, identifier, unused
-from search.keras_source import (
+from search.codegen.calls import body, identifier, unused
+from search.codegen.expressions import (
     INCIDENTAL,
     NAMESPACE,
     call_text,
@@ -28,7 +28,7 @@ from search.keras_source import (
     plain,
     refused,
 )
-from search.source_layout import wrapped
+from search.codegen.layout import wrapped
 
 
 class Network(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from search.source_layout import quoted
+from search.codegen.layout import quoted
 
 NAMESPACE = {"keras": keras, "layers": keras.layers, "np": np}  # what expressions refer to
 # First arguments that need no name although they have a default.

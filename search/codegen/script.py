@@ -19,10 +19,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from search.data_source import DataCode, DataSource, data_code
-from search.keras_source import NAMESPACE, call_text, expression
-from search.model_source import functions
-from search.source_layout import WIDTH, wrapped
+from search.codegen.data import DataCode, DataSource, data_code
+from search.codegen.expressions import NAMESPACE, call_text, expression
+from search.codegen.layout import WIDTH, wrapped
+from search.codegen.model import functions
 from search.training import as_loss_wants
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}

@@ -14,9 +14,9 @@ from keras import layers, ops
 from PIL import Image
 
 from search import datasets, formats, image_folder, training
-from search.model_source import functions
-from search.source import DataSource, Training, script
-from search.source_layout import quoted, wrapped
+from search.codegen.layout import quoted, wrapped
+from search.codegen.model import functions
+from search.codegen.script import DataSource, Training, script
 from spaces.cnn import CNN
 
 SHAPE = (8, 8, 1)
