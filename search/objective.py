@@ -12,7 +12,7 @@ import keras
 import keras_tuner
 import numpy as np
 
-from search import artifacts, backend, datasets, training
+from search import artifacts, backend, complexity, datasets, training
 from search.hypermodel import (
     Images,
     Space,
@@ -81,7 +81,8 @@ class KerasTasks:
         hp = TrialHyperParameters(trial)
         model = space.build(hp)
         # Now, since a trial that is pruned is finished before this function is.
-        trial.set_user_attr("parameters", model.count_params())
+        trial.set_user_attr("parameters", complexity.parameters(model))
+        trial.set_user_attr("flops", complexity.flops(model))
         train = self._split.x_train, self._split.y_train
         report = training.Report(trial, self._images_per_report)
         value = None

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,11 @@ def test_its_layout_names_every_file():
         for file in (ROOT / folder).rglob("*.py"):
             if not file.name.startswith("__"):
                 assert file.name in README, file
+
+
+def test_its_packages_for_jax_are_all_but_tensorflow():
+    (line,) = [line for line in README.splitlines() if "--no-deps" in line]
+    named = set(line.partition("pip install jax ")[2].split())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.split("[<>=]", dependency)[0] for dependency in project["dependencies"]}
+    assert named | {"tensorflow", "numpy"} == needed | {"numpy"}
