@@ -14,6 +14,7 @@ was called with `training=False`: a frozen base with dropout in it is not consta
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -70,13 +71,10 @@ def cut(model: keras.Model, images: np.ndarray | None = None) -> Cut | None:
         return None
     tried = _some_images(model) if images is None else np.array(images[:_TRIED_IMAGES])
     for prefix, rest in _splits(model):
-        if not prefix.weights:
-            continue
-        quick = _with_quick_convolutions(rest)
-        if _is_sound(model, prefix, quick, tried):
+        if prefix.weights and _is_sound(model, prefix, rest, tried):
             config = model._compile_config.config  # as given: get_compile_config holds copies
-            quick.compile(**(config | {"optimizer": model.optimizer, "auto_scale_loss": False}))
-            return Cut(prefix, quick)
+            rest.compile(**(config | {"optimizer": model.optimizer, "auto_scale_loss": False}))
+            return Cut(prefix, rest)
     return None
 
 
@@ -109,7 +107,7 @@ def as_float16(activations: np.ndarray) -> np.ndarray | None:
 
 def describe(model: keras.Model) -> list[Any]:
     """What a model computes, but for its weights and for names: Keras numbers those as it goes."""
-    places: dict[int, str] = {}  # of tensors, by id
+    places = {id(model.inputs[0]): "input"}  # of tensors
 
     def place(value: Any) -> str:
         return places.get(id(value), repr(value))
@@ -190,12 +188,10 @@ def _logits(outputs: np.ndarray) -> np.ndarray:
     outputs = outputs.astype(np.float64).reshape(len(outputs), -1)
     if not (outputs.min() >= 0 and outputs.max() <= 1):
         return outputs
-    if outputs.shape[1] == 1:
-        p = outputs.clip(1e-7, 1 - 1e-7)
-        return np.log(p / (1 - p))
-    if np.allclose(outputs.sum(axis=1), 1, atol=2e-2):  # the digits that bfloat16 has
+    if outputs.shape[1] > 1 and np.allclose(outputs.sum(axis=1), 1, atol=2e-2):  # as bfloat16 adds
         return np.log(outputs.clip(1e-30))
-    return outputs
+    p = outputs.clip(1e-7, 1 - 1e-7)
+    return np.log(p / (1 - p))
 
 
 def _classes(logits: np.ndarray) -> np.ndarray:
@@ -204,42 +200,53 @@ def _classes(logits: np.ndarray) -> np.ndarray:
 
 def _splits(model: keras.Model) -> Iterator[tuple[keras.Model, keras.Model]]:
     """Prefix and rest at every tensor that alone crosses, the deepest first."""
-    crossing, following = _crossings(model)
-    if crossing and following is not None and _reads_only(following, crossing[-1]):
-        yield from _splits_inside(model, crossing[-1], following)
-    for tensor in reversed(crossing):
-        yield keras.Model(model.inputs[0], tensor), keras.Model(tensor, model.outputs[0])
-
-
-def _splits_inside(
-    model: keras.Model, tensor: Any, call: Any
-) -> Iterator[tuple[keras.Model, keras.Model]]:
-    """Those in a model that is a layer of this one, the first that is not constant."""
-    for inner_prefix, inner_rest in _splits(call.operation):
-        prefix = keras.Model(model.inputs[0], inner_prefix(tensor))
-        start = keras.Input(batch_shape=inner_rest.input_shape, dtype=inner_rest.inputs[0].dtype)
-        end = inner_rest(start)
-        if call.outputs[0] is not model.outputs[0]:
-            # Under the output's name, since losses may be given by it.
-            name = model.output_names[0]
-            end = keras.Model(call.outputs[0], model.outputs[0], name=name)(end)
-        yield prefix, keras.Model(start, end)
-
-
-def _crossings(model: keras.Model) -> tuple[list[Any], Any]:
-    """Tensors that alone cross with only what is constant before them, and the call after it."""
     nodes = calls(model)
     last_read = {id(tensor): at for at, node in enumerate(nodes) for tensor in tensors(node)}
     last_read[id(model.outputs[0])] = len(nodes)
-    crossing: list[Any] = []
-    alive: list[Any] = []
+    alive = [model.inputs[0]]
+    crossing = [(alive[0], nodes)]  # with the calls that come after
     for at, node in enumerate(nodes):
         if not _is_constant(node.operation):
-            return crossing, node
+            if _reads_only(node, crossing[-1][0]):
+                yield from _splits_inside(model, crossing[-1][0], nodes[at:])
+            break
         alive = [t for t in (*alive, *node.outputs) if last_read.get(id(t), -1) > at]
         if len(alive) == 1:
-            crossing.append(alive[0])
-    return crossing, None
+            crossing.append((alive[0], nodes[at + 1 :]))
+    for tensor, following in reversed(crossing[1:]):
+        start = keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype)
+        yield keras.Model(model.inputs[0], tensor), _again(model, following, tensor, start, start)
+
+
+def _splits_inside(
+    model: keras.Model, tensor: Any, nodes: list[Any]
+) -> Iterator[tuple[keras.Model, keras.Model]]:
+    """Those in a model that is the next layer of this one."""
+    for inner_prefix, inner_rest in _splits(nodes[0].operation):
+        crossing = inner_rest.inputs[0]
+        start = keras.Input(batch_shape=crossing.shape, dtype=crossing.dtype)
+        rest = _again(model, nodes[1:], nodes[0].outputs[0], inner_rest(start), start)
+        yield keras.Model(model.inputs[0], inner_prefix(tensor)), rest
+
+
+def _again(
+    model: keras.Model, nodes: list[Any], tensor: Any, value: Any, start: Any
+) -> keras.Model:
+    """A model of the same calls with another value for a tensor.
+
+    On CPUs, some convolutions are computed in another way.
+    """
+    values = {id(tensor): value}
+    quick = functools.cache(_quick)  # a layer may be called twice
+
+    def current(given: Any) -> Any:
+        return values.get(id(given), given)
+
+    for node in nodes:
+        args, kwargs = keras.tree.map_structure(current, arguments(node))
+        outputs = quick(node.operation)(*args, **kwargs)
+        values |= zip(map(id, node.outputs), keras.tree.flatten(outputs), strict=True)
+    return keras.Model(start, values[id(model.outputs[0])])
 
 
 def _is_constant(operation: Any) -> bool:
@@ -305,20 +312,11 @@ def _are_close(some: Any, others: Any) -> bool:
     return np.allclose(a, b, rtol=0, atol=tolerance * np.abs(a).max())
 
 
-def _with_quick_convolutions(rest: keras.Model) -> keras.Model:
-    """The same layers, of which small convolutions are computed in another way on CPUs."""
-    if backend.visible_gpus() or not any(map(_can_be_quick, rest._flatten_layers())):
-        return rest
-    return keras.models.clone_model(
-        rest,
-        clone_function=lambda layer: QuickConv2D(layer) if _can_be_quick(layer) else layer,
-        recursive=True,
-    )
-
-
-def _can_be_quick(layer: keras.Layer) -> bool:
-    return (
+def _quick(layer: Any) -> Any:
+    """The layer, or what computes a small convolution faster."""
+    can_be_quick = (
         type(layer) is keras.layers.Conv2D
+        and not backend.visible_gpus()
         and layer.padding == "same"
         and layer.strides == layer.dilation_rate == (1, 1)
         and layer.groups == 1
@@ -328,6 +326,7 @@ def _can_be_quick(layer: keras.Layer) -> bool:
         and layer.quantization_mode is None
         and layer.activity_regularizer is None
     )
+    return QuickConv2D(layer) if can_be_quick else layer
 
 
 class QuickConv2D(keras.layers.Layer):

@@ -80,6 +80,10 @@ class KerasTasks:
         space = self._space(self._search_images)
         hp = TrialHyperParameters(trial)
         model = space.build(hp)
+        try:
+            check_can_be_loaded(model)
+        except ValueError as error:  # another branch of the space than the one described
+            return {"outcome": "invalid", "reason": str(error)}
         # Now, since a trial that is pruned is finished before this function is.
         trial.set_user_attr("parameters", complexity.parameters(model))
         trial.set_user_attr("flops", complexity.flops(model))

@@ -153,7 +153,7 @@ class UnfinishedTrial:
             case "error":
                 self._set("traceback", message["traceback"])
                 return self.end(TrialState.FAIL, kind="error", reason=message["reason"])
-            case kind:  # diverged, out_of_memory
+            case kind:  # diverged, out_of_memory, invalid
                 return self.end(TrialState.PRUNED, kind=kind, reason=message["reason"])
 
     def end(
@@ -168,7 +168,8 @@ class UnfinishedTrial:
         """Write down how the trial ends, and finish it.
 
         Args:
-            kind: pruned, diverged, out_of_memory, error, killed; empty for a complete trial.
+            kind: pruned, diverged, out_of_memory, invalid, error, killed; empty for a complete
+                trial.
             report: the last report's value, where it is stored with the decision.
         """
         ending = {

@@ -1,4 +1,4 @@
-"""How much faster an epoch is on stored activations: Keras's VGG16 at 32x32, one process, 2 threads.
+"""How much faster an epoch is on stored activations: Keras's VGG16 at 32x32, 2 threads.
 
     python -m tests.benchmarks.features [--images 5000] [--repeats 3]
 
@@ -19,11 +19,11 @@ for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREAD
     os.environ[name] = "2"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras
-import numpy as np
+import keras  # noqa: E402 - the threads are fixed at its import
+import numpy as np  # noqa: E402
 
-from search import backend, features
-from search.feature_store import FeatureStore
+from search import backend, features  # noqa: E402
+from search.feature_store import FeatureStore  # noqa: E402
 
 BATCH = 128
 BARS = {"nothing": 150.0, "block5": 3.5}  # clock
@@ -109,7 +109,10 @@ def measure(unfrozen, num_images, repeats, few_positions):
             for _ in range(repeats):
                 slow += on_images(1)
                 quick += on_activations(5 if unfrozen == "nothing" else 1)
-    return [tuple(map(statistics.median, zip(*them))) for them in (slow, quick, [computing])]
+    return [
+        tuple(map(statistics.median, zip(*them, strict=True)))
+        for them in (slow, quick, [computing])
+    ]
 
 
 def main():
