@@ -28,8 +28,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,7 +48,7 @@ Tell = Callable[[int, int], None]  # activations there are, and there will be
 _SAMPLE = 2_000  # images on which float16 is compared with float32
 _SAMPLE_BYTES = 512 << 20  # fewer, where their activations are larger
 _TRIED = 8  # of them, for which the prefix is asked again when its activations are opened
-_PIXELS = 1 << 18  # in a batch of the prefix: 256 images of 32x32
+_BATCH_BYTES = 128 << 20  # of the largest tensor in a batch of the prefix
 _BATCHES = 2  # in a chunk, which is what a kill costs
 _WAIT = 0.2  # seconds between two looks at a lock
 _TRASH = ".evicted-"
@@ -69,9 +70,9 @@ class _Work:
     def partial(self) -> Path:
         return self.folder / f"{self.key}.partial"
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
-        return max(1, min(256, _PIXELS // math.prod(self.images.shape[1:3])))
+        return max(1, min(256, _BATCH_BYTES // (4 * features.largest(self.parts.prefix))))
 
     @property
     def sample(self) -> np.ndarray:
@@ -174,16 +175,20 @@ class FeatureStore:
     def _alone(self, work: _Work) -> Iterator[None]:
         """One process computes a key. The others tell how far it is."""
         with (self._folder / f"{work.key}.lock").open("ab") as lock:
+            told = -1
             while not _try_lock(lock, fcntl.LOCK_EX):
                 meta = _meta(work.partial)
-                done = len(meta.get("chunks", ())) * meta.get("rows", 0)
-                work.tell(min(done, len(work.images)), len(work.images))
+                done = min(len(meta.get("chunks", ())) * meta.get("rows", 0), len(work.images))
+                if done != told:
+                    work.tell(done, len(work.images))
+                told = done
                 time.sleep(_WAIT)
             yield
 
     def _compute(self, work: _Work) -> None:
         work.partial.mkdir(exist_ok=True)
         self._reserve(work, "float16")
+        work.tell(0, len(work.images))
         _make_sample(work)
         dtype = "float16"
         if not (_fits_float16(work.partial, work) and _write(work, dtype)):
@@ -193,9 +198,10 @@ class FeatureStore:
         meta = {**_meta(work.partial), "sample": artifacts.sha256(work.partial / "sample.npy")}
         artifacts.write_json(work.partial / "meta.json", meta)
         final = self._folder / f"{work.key}-{dtype}"
-        if final.exists():
-            self._discard(final)  # it was damaged; who has mapped it keeps it
-        os.rename(work.partial, final)
+        with self._locked():
+            if final.exists():
+                self._discard(final)  # it was damaged; who has mapped it keeps it
+            os.rename(work.partial, final)
         _verified.add(_identity(final / "features.npy"))
 
     def _reserve(self, work: _Work, dtype: str) -> None:
@@ -205,47 +211,57 @@ class FeatureStore:
             SearchError: if there is not as much.
         """
         needed = work.needed(dtype)
-        with (self._folder / ".lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._locked():
             for left in self._folder.glob(f"{_TRASH}*"):
                 shutil.rmtree(left, ignore_errors=True)
-            others = [p for p in self._folder.iterdir() if p.is_dir() and p != work.partial]
-            sizes = {path: _size(path) for path in others}
-
-            def lacks() -> bool:
-                free = shutil.disk_usage(self._folder).free + _allocated(work.partial)
-                return sum(sizes.values()) + needed > self._max_bytes or needed > free
-
-            if needed <= self._max_bytes:  # else it would be in vain
-                for path in sorted(others, key=_last_used):
-                    if lacks() and self._evict(path):
-                        del sizes[path]
-            if lacks():
-                used = sum(sizes.values())
-                free = shutil.disk_usage(self._folder).free + _allocated(work.partial)
-                raise SearchError(
-                    f"{work} need {_text(needed)} in {dtype}. --cache-size allows "
-                    f"{_text(self._max_bytes)}, of which {_text(used)} are in use; "
-                    f"{self._folder} has {_text(free)} free. Fix: "
-                    + (
-                        "free that much, or take a folder on another disk"
-                        if needed > free
-                        else f"--cache-size {math.ceil((used + needed) / 1e9)}G"
-                    )
-                )
+            sizes = {}
+            if needed <= self._max_bytes:  # else all would be evicted in vain
+                sizes = {path: _size(path) for path in self._others(work)}
+            for path in sorted(sizes, key=_last_used):
+                if self._lack(work, dtype, sum(sizes.values())) and self._evict(path):
+                    del sizes[path]
+            if lack := self._lack(work, dtype, sum(sizes.values())):
+                raise SearchError(f"{work} need {_text(needed)} in {dtype}. {lack}")
             with (work.partial / "features.npy").open("ab") as stream:
                 stream.truncate(max(work.num_bytes(dtype), stream.tell()))
 
+    def _lack(self, work: _Work, dtype: str, used: int) -> str:
+        """What there is too little of beside so many bytes in use, and the fix; or nothing."""
+        needed = work.needed(dtype)
+        free = shutil.disk_usage(self._folder).free + _size(work.partial, allocated=True)
+        if used + needed > self._max_bytes:
+            return (
+                f"--cache-size allows {_text(self._max_bytes)}, of which {_text(used)} are in use. "
+                f"Fix: --cache-size {math.ceil((used + needed) / 1e9)}G"
+            )
+        if needed > free:
+            return (
+                f"{self._folder} has {_text(free)} free. Fix: free that much, or take a folder on "
+                "another disk"
+            )
+        return ""
+
+    def _others(self, work: _Work) -> list[Path]:
+        found = [*self._folder.glob("*.partial"), *self._folder.glob("*-float*")]
+        return [path for path in found if path != work.partial]
+
     def _evict(self, path: Path) -> bool:
         """Removes what no process uses or computes."""
-        partial = path.suffix == ".partial"
-        lock = path.with_suffix(".lock") if partial else path / "features.npy"
-        with suppress(FileNotFoundError), lock.open("rb") as stream:
-            if not _try_lock(stream, fcntl.LOCK_EX):
+        is_partial = path.suffix == ".partial"
+        lock = path.with_suffix(".lock") if is_partial else path / "features.npy"
+        with lock.open("rb") if lock.exists() else nullcontext() as stream:
+            if stream and not _try_lock(stream, fcntl.LOCK_EX):
                 return False
             logger.info("evicting %s (%s)", path.name, _text(_size(path)))
             self._discard(path)
         return True
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time renames or removes folders here."""
+        with (self._folder / ".lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _discard(self, path: Path) -> None:
         """Under another name first, so that a kill leaves nothing that looks whole."""
@@ -283,8 +299,9 @@ def _computed(work: _Work, positions: np.ndarray, dtype: str) -> np.ndarray | No
 def _make_sample(work: _Work) -> None:
     """Activations of the sample in float32, unless an earlier attempt has left them."""
     path = work.partial / "sample.npy"
-    if path.exists() and _is_current(path, work):
-        return
+    with suppress(OSError, ValueError):
+        if _is_current(path, work):
+            return
     (work.partial / "meta.json").unlink(missing_ok=True)  # its chunks would not be current either
     sample = _computed(work, work.sample, "float32")
     with artifacts.write_atomically(path) as beside:
@@ -343,6 +360,8 @@ def _opened(path: Path, work: _Work, dtype: str) -> np.ndarray | None:
 def _is_current(path: Path, work: _Work) -> bool:
     """Whether the prefix gives what the sample says: a user's code is not part of the key."""
     sample = np.load(path, mmap_mode="r")
+    if sample.shape != (len(work.sample), *work.shape):
+        return False
     few = np.linspace(0, len(sample) - 1, min(_TRIED, len(sample))).astype(int)
     now = _computed(work, work.sample[few], "float32")
     assert now is not None
@@ -361,7 +380,7 @@ def _intact_chunks(path: Path, meta: dict[str, Any]) -> list[str]:
         array = np.load(path / "features.npy", mmap_mode="r")
     except (OSError, ValueError):
         return []
-    chunks, rows = meta["chunks"], meta["rows"]
+    chunks, rows = meta.get("chunks", []), meta["rows"]
     blocks = [array[at * rows : (at + 1) * rows] for at in range(len(chunks))]
     with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
         hashes = list(pool.map(lambda block: hashlib.sha256(block).hexdigest(), blocks))
@@ -410,12 +429,14 @@ def _last_used(path: Path) -> float:
     return 0.0
 
 
-def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir())
-
-
-def _allocated(path: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in path.iterdir())
+def _size(path: Path, *, allocated: bool = False) -> int:
+    """Bytes of a folder's files, or those of the disk that they take: one may be sparse."""
+    total = 0
+    for file in path.iterdir():
+        with suppress(FileNotFoundError):  # a temporary one of a process that computes
+            status = file.stat()
+            total += status.st_blocks * 512 if allocated else status.st_size
+    return total
 
 
 def _text(num_bytes: int) -> str:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
@@ -43,11 +45,15 @@ class Cut(NamedTuple):
     rest: keras.Model  # activation -> output; compiled as the model, with its very optimizer
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Some rows of an array that stays on disk."""
 
     array: np.ndarray  # (n, ...) float16 or float32, mapped
     positions: np.ndarray  # (m,) of the rows in it
+
+    def __len__(self) -> int:
+        return len(self.positions)
 
 
 def cut(model: keras.Model, images: np.ndarray | None = None) -> Cut | None:
@@ -100,9 +106,8 @@ def fits_float16(rest: keras.Model, activations: np.ndarray) -> bool:
 
 def as_float16(activations: np.ndarray) -> np.ndarray | None:
     """In float16, or None where a number is too large for it (65 504)."""
-    if np.abs(activations).max() > np.finfo(np.float16).max:
-        return None
-    return activations.astype(np.float16)
+    is_larger = np.abs(activations).max() > np.finfo(np.float16).max
+    return None if is_larger else activations.astype(np.float16)
 
 
 def describe(model: keras.Model) -> list[Any]:
@@ -121,6 +126,16 @@ def describe(model: keras.Model) -> list[Any]:
         about = describe(operation) if _is_graph(operation) else config
         described.append([type(operation).__module__, type(operation).__name__, about, given])
     return described
+
+
+def largest(model: keras.Model) -> int:
+    """Numbers in the largest tensor that a model makes of an image; open sizes count as 32."""
+    sizes = [math.prod(size or 32 for size in model.inputs[0].shape[1:])]
+    for call in calls(model):
+        sizes += [math.prod(size or 32 for size in t.shape[1:]) for t in call.outputs]
+        if _is_graph(call.operation):
+            sizes.append(largest(call.operation))
+    return max(sizes)
 
 
 def training_batches(rows: Rows, y: np.ndarray, order: np.ndarray, batch_size: int) -> Iterable:
@@ -144,7 +159,7 @@ def validation_batches(rows: Rows, y: np.ndarray) -> Iterable:
         return _Batches(rows, y)
     import tensorflow as tf
 
-    positions = tf.data.Dataset.range(len(rows.positions))
+    positions = tf.data.Dataset.range(len(rows))
     return _gathered(rows, y, positions.batch(backend.VALIDATION_BATCH))
 
 
@@ -175,7 +190,7 @@ class _Batches(keras.utils.PyDataset):
         self._rows, self._y = rows, y
 
     def __len__(self) -> int:
-        return -(-len(self._y) // backend.VALIDATION_BATCH)
+        return -(-len(self._rows) // backend.VALIDATION_BATCH)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         start = index * backend.VALIDATION_BATCH
@@ -207,8 +222,8 @@ def _splits(model: keras.Model) -> Iterator[tuple[keras.Model, keras.Model]]:
     crossing = [(alive[0], nodes)]  # with the calls that come after
     for at, node in enumerate(nodes):
         if not _is_constant(node.operation):
-            if _reads_only(node, crossing[-1][0]):
-                yield from _splits_inside(model, crossing[-1][0], nodes[at:])
+            if len(alive) == 1 and last_read[id(alive[0])] == at and _reads_only(node, alive[0]):
+                yield from _splits_inside(model, alive[0], nodes[at:])
             break
         alive = [t for t in (*alive, *node.outputs) if last_read.get(id(t), -1) > at]
         if len(alive) == 1:

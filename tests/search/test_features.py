@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from search import features
+from search import backend, features
 from search.features import Rows
 
 SIZE = 8  # of the images
@@ -80,6 +80,21 @@ def past_all(x):
     return layers.Concatenate()([conv()(x), x])
 
 
+def past_a_base(x):
+    start = conv()(x)
+    return layers.Concatenate()([small_base()(start), start])
+
+
+def beside_a_base(x):
+    start = conv()(x)
+    frozen = conv()(start)
+    return layers.Concatenate()([small_base()(start), frozen])
+
+
+def small_base():
+    return keras.Sequential([keras.Input((SIZE, SIZE, 4)), conv(), conv(2, trainable=True)])
+
+
 def shared(x):
     layer = conv()
     middle = conv(1, trainable=True)(layer(x))
@@ -134,6 +149,8 @@ CUTS = {
     "a skip in the prefix": (lambda: graph(residual), (256,)),
     "two tensors cross: before them": (lambda: graph(crossed), (8, 8, 4)),
     "the images go past a layer": (lambda: graph(past_all, conv(trainable=True)), (8, 8, 5)),
+    "past a base": (lambda: graph(past_a_base), (8, 8, 4)),
+    "beside a base": (lambda: graph(beside_a_base), (8, 8, 4)),
     "a base alone": (lambda: compiled(partly_frozen()), (4, 4, 4)),
     "a layer in both parts": (lambda: graph(shared), (8, 8, 4)),
     "operations": (lambda: graph(arithmetic), (256,)),
@@ -273,49 +290,57 @@ def trainable():
     return compiled(model, optimizer=keras.optimizers.AdamW(schedule, weight_decay=0.01))
 
 
-def fit(model, x, epochs=3):
-    x = np.asarray(x, np.float32) if x.ndim == 4 and x.shape[1] != SIZE else x
-    told = model.fit(
-        x,
-        labels(),
-        batch_size=8,
-        epochs=epochs,
-        shuffle=False,
-        verbose=0,
-        validation_data=(x[:10], labels()[:10]),
-    )
-    return told.history
+def fit(model, x, epochs, validate=False):
+    """The same batches of images or of activations; `fit` on arrays returns late."""
+    positions = np.arange(40)
+    order = np.tile(positions, epochs).astype(np.int32)
+    if x.dtype == np.uint8:
+        batches = backend.training_batches(x, labels(), order, 8)
+        validation = backend.validation_batches(x[:10], labels(10))
+    else:
+        batches = features.training_batches(Rows(x, positions), labels(), order, 8)
+        validation = features.validation_batches(Rows(x, positions[:10]), labels(10))
+    options = {"steps_per_epoch": 5, "shuffle": False, "verbose": 0}
+    if validate:
+        options["validation_data"] = validation
+    return model.fit(batches, epochs=epochs, **options).history
 
 
-def test_training_the_rest_is_training_the_model():
-    whole, other = trainable(), trainable()
-    parts = cut(other)
-    before = other.get_weights()
-    histories = fit(whole, images()), fit(parts.rest, parts.prefix.predict(images(), verbose=0))
-    assert histories[0].keys() == histories[1].keys()
-    for name, values in histories[0].items():
-        assert_near(values, histories[1][name], 1e-4)
-    assert max(np.abs(a - b).max() for a, b in zip(before, other.get_weights(), strict=True)) > 1e-2
-    for a, b in zip(whole.get_weights(), other.get_weights(), strict=True):
+def assert_same_weights(model, other):
+    for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
         assert_near(a, b)
-    assert_near(whole.predict_on_batch(images()), other.predict_on_batch(images()))
 
 
-def test_the_optimizer_goes_on_where_the_model_left_it(tmp_path):
-    """Some epochs whole, some in parts, some whole again after saving and loading."""
+def test_training_the_rest_is_training_the_model(tmp_path):
+    """Some epochs whole, some in parts, some whole again; saved on the way."""
     whole, other = trainable(), trainable()
-    fit(whole, images(), epochs=6)
+    history = fit(whole, images(), epochs=6, validate=True)
     fit(other, images(), epochs=2)
-    parts = cut(other)
-    fit(parts.rest, parts.prefix.predict(images(), verbose=0), epochs=2)
+    parts, before = cut(other), other.get_weights()
+    got = fit(parts.rest, parts.prefix.predict_on_batch(images()), epochs=2, validate=True)
+    assert got.keys() == history.keys()
+    for name, values in got.items():
+        assert_near(values, history[name][2:4], 1e-4)
+    assert max(np.abs(a - b).max() for a, b in zip(before, other.get_weights(), strict=True)) > 1e-3
     other.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert_near(loaded.predict_on_batch(images()), other.predict_on_batch(images()), 1e-6)
     assert int(loaded.optimizer.iterations) == 4 * 5
-    # Dropout's state is not saved: without it the last two epochs would be the same as well.
     fit(other, images(), epochs=2)
-    for a, b in zip(whole.get_weights(), other.get_weights(), strict=True):
-        assert_near(a, b)
+    assert_same_weights(whole, other)
+    assert_near(whole.predict_on_batch(images()), other.predict_on_batch(images()))
+
+
+def test_training_the_rest_from_the_first_step_on():
+    def fresh():
+        keras.utils.set_random_seed(3)
+        return graph(partly_frozen_base)
+
+    whole, other = fresh(), fresh()
+    fit(whole, images(), epochs=3)
+    parts = cut(other)
+    fit(parts.rest, parts.prefix.predict_on_batch(images()), epochs=3)
+    assert_same_weights(whole, other)
 
 
 def test_losses_and_metrics_by_name_and_as_objects():
@@ -342,7 +367,7 @@ def test_mixed_precision():
     activations = parts.prefix.predict_on_batch(images()).astype(np.float16)
     assert_near(parts.rest.predict_on_batch(activations), model.predict_on_batch(images()), 1e-2)
     before = model.get_weights()
-    fit(parts.rest, activations)
+    fit(parts.rest, activations, epochs=1)
     assert any((a != b).any() for a, b in zip(before, model.get_weights(), strict=True))
 
 
@@ -452,6 +477,12 @@ def test_what_is_computed_is_part_of_it():
         described(base(conv(), normalization(epsilon=1e-2))),
     ]
     assert len({str(one) for one in every}) == len(every)
+
+
+def test_the_largest_tensor_counts_that_of_a_base():
+    inner = base(layers.Resizing(16, 16), conv(2), layers.GlobalAveragePooling2D())
+    assert features.largest(keras.Sequential([keras.Input((8, 8, 1)), inner])) == 16 * 16 * 2
+    assert features.largest(base(layers.MaxPooling2D())) == 64
 
 
 # Feeding

@@ -337,7 +337,6 @@ def test_labels_of_a_model_that_ends_in_one_number():
         (own_sparse_loss, False),
         (own_one_hot_loss, True),
     ],
-    ids=str,
 )
 def test_labels_are_what_the_loss_takes(loss, is_one_hot):
     model = network(loss)
