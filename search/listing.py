@@ -73,10 +73,12 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
         _console.print(f"best: trial {number} with {value:.4f}")
     if outcome.metrics:
         _print_winners(outcome.metrics)
+    can_predict = outcome.metrics and "--storage" not in same_run  # its images need no study
     _console.print("Next:", style="bold")
     for command in (
         f"fmnist-search show {same_run}",
         f"fmnist-search export {same_run}",
+        *([f"fmnist-search predict {same_run} IMAGE.png"] if can_predict else []),
         f"optuna-dashboard {outcome.url}",
     ):
         _console.print(f"  {command}", soft_wrap=True)

@@ -157,11 +157,13 @@ def _failure(error: Exception) -> Message:
 
 
 def _own_frames(error: Exception) -> str:
-    """The traceback without this project's frames, where that leaves any."""
+    """The traceback without this project's frames: what is left is the user's code and Keras. Where
+    nothing is left, and it was not this file that refused something, all of it."""
     here = os.path.dirname(__file__)
     own = traceback.TracebackException.from_exception(error)
     kept = [f for f in own.stack if not f.filename.startswith((here, "<frozen"))]
-    own.stack = traceback.StackSummary.from_list(kept or own.stack)
+    if kept or own.stack[-1].filename == __file__:
+        own.stack = traceback.StackSummary.from_list(kept)
     return "".join(own.format()).rstrip()
 
 

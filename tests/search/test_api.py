@@ -141,6 +141,7 @@ def test_an_unknown_study_is_a_usage_error(tmp_path):
     assert caught.value.exit_code == EXIT_USAGE
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_notebook_loses_nothing(tmp_path):
     def interrupt():
         while (
@@ -166,6 +167,7 @@ def study_trials(folder):
     return storage.read_study(f"sqlite:///{folder}/study.db", "quickstart").trials
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_thread_that_gets_no_signals(tmp_path):
     results = []
 
@@ -184,6 +186,7 @@ def test_importing_search_brings_no_keras():
     assert done.stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_metrics_are_those_on_disk(tmp_path):
     result = search.run("quickstart", trials=1, epochs=1, seeds=1, out=tmp_path, verbosity=-1)
     assert result.metrics == json.loads((tmp_path / "metrics.json").read_text())

@@ -72,30 +72,22 @@ def check(folder: Path) -> dict:
     return metrics
 
 
-FAST = ["OwnLoop"]
-SLOW = [
-    *(
-        "dense",
-        "Normalised",
-        "Deep",
-        "Shuffled",
-        "Convolutional",
-        "Conditional",
-        "binary",
-        "Augmented",
-    ),
-]
-
-
-@pytest.mark.parametrize("name", FAST)
-def test_a_guide_s_space_goes_the_whole_way(tmp_path, name):
-    search(tmp_path, f"{FOREIGN}:{name}")
-    check(tmp_path)
+GUIDES = (
+    "dense",
+    "Deep",
+    "Shuffled",
+    "Normalised",
+    "OwnLoop",
+    "Convolutional",
+    "Conditional",
+    "binary",
+    "Augmented",
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
-def test_any_other_goes_the_whole_way(tmp_path, name):
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_guide_s_space_goes_the_whole_way(tmp_path, name):
     search(tmp_path, f"{FOREIGN}:{name}", num_classes=2 if name == "binary" else 3)
     check(tmp_path)
 
@@ -121,3 +113,4 @@ def test_a_fit_of_its_own_reports_each_epoch_and_decides_the_value(tmp_path):
         if trial.state.name == "COMPLETE":
             assert list(trial.intermediate_values) == list(range(1, trial.params["epochs"] + 1))
             assert trial.value == max(trial.intermediate_values.values())
+    check(tmp_path)

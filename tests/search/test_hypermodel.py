@@ -103,7 +103,9 @@ def test_what_could_not_be_loaded_is_found_before_the_first_trial(layer):
     model = keras.Sequential([keras.Input((8, 8, 1)), layer, keras.layers.Flatten()])
     if isinstance(layer, Double):  # as a class of the user's notebook, which no other process has
         Double.__module__, Double.__name__ = "gone", "Gone"
-    with pytest.raises(ValueError, match=r"the model can be saved but not loaded again.*register_keras"):
+    with pytest.raises(
+        ValueError, match=r"the model can be saved but not loaded again.*register_keras"
+    ):
         check_can_be_loaded(model)
 
 
