@@ -106,6 +106,7 @@ def test_kerastuner_s_applications_go_the_whole_way(tmp_path, space):
     check(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fit_of_its_own_reports_each_epoch_and_decides_the_value(tmp_path):
     search(tmp_path, f"{FOREIGN}:Epochs", epochs=2)
     opened = storage.read_study(f"sqlite:///{tmp_path}/run/study.db", "foreign")

@@ -162,7 +162,7 @@ def test_a_trial_is_worth_its_best_weights_on_all_validation_images(made_up_data
     assert outcome["outcome"] == "complete"
     assert outcome["value"] == pytest.approx(accuracy(model, split.x_val, split.y_val))
     assert outcome["value"] != best  # the two parts can be told apart
-    assert trial.user_attrs == {"parameters": model.count_params()}
+    assert trial.user_attrs == {"parameters": model.count_params(), "flops": 35}
 
 
 def test_a_trial_on_digits_is_the_same_each_time():
