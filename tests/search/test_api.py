@@ -82,6 +82,7 @@ print(result)
     assert "trial 0 " not in done.stderr  # nothing was done again
 
 
+@pytest.mark.slow
 def test_a_space_given_by_file_is_found_from_the_caller_s_folder(tmp_path):
     (tmp_path / "mine.py").write_text(SPACE)
     text = """

@@ -220,6 +220,7 @@ def test_each_trial_and_winner_has_its_csv(run_folder):
     assert winners < {path.stem for path in (run_folder / "csv").iterdir()}
 
 
+@pytest.mark.slow
 def test_the_exported_script_trains_the_winner_without_this_project(run_folder, tmp_path):
     text = finish(run_folder, "export", "--study", "quickstart", "--format", "python")
     (tmp_path / "model.py").write_text(text)
@@ -305,6 +306,7 @@ def test_more_seeds_train_only_what_is_missing(run_folder):
     assert len(json.loads((run_folder / "metrics.json").read_text())["winners"][0]["seeds"]) == 3
 
 
+@pytest.mark.slow
 def test_a_gpu_that_keras_does_not_see_is_pointed_out(tmp_path):
     driver = tmp_path / "bin" / "nvidia-smi"  # a machine whose driver knows a GPU
     driver.parent.mkdir()
