@@ -374,4 +374,5 @@ def _stored_options(study: str, out: Path | None, url: str | None) -> dict[str, 
     if run is None:
         return {}
     options = {name: value for name, value in run["fixed"].items() if name != "kind"}
-    return options | ({"dataset": run["dataset"]["reference"]} if run["dataset"] else {})
+    dataset = run.get("dataset")
+    return options | ({"dataset": dataset["reference"]} if dataset else {})

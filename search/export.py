@@ -167,9 +167,10 @@ def script(study: optuna.Study, trial: FrozenTrial, file: Path, options: dict[st
         SearchError: if a part of the model can't be written as code; it names the part.
     """
     run = study.user_attrs["run"]
-    if run["dataset"] is None:
+    if not run.get("dataset"):
         raise SearchError(
-            f"study {study.study_name!r} has an objective of its own: there is no model to write",
+            f"study {study.study_name!r} has an objective of its own (or was begun by an earlier "
+            "version): there is no model to write",
             exit_code=EXIT_USAGE,
         )
     settings = resolve(run["described"], str(file), options)

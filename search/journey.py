@@ -253,7 +253,13 @@ class _Journey:
 
     def _run(self) -> dict[str, Any] | None:
         """What the study holds of the run it began as."""
-        return None if self._study is None else self._study.user_attrs.get("run")
+        run = None if self._study is None else self._study.user_attrs.get("run")
+        if run is not None and "dataset" not in run:
+            raise SearchError(
+                f"{self._folder} holds a run that an earlier version began; take another --out",
+                exit_code=EXIT_USAGE,
+            )
+        return run
 
     def _num_finished(self) -> int:
         if self._study is None:
