@@ -174,6 +174,7 @@ def assert_trained_alike(printed, model, folder):
 # Whole scripts
 
 
+@pytest.mark.slow
 def test_a_script_trains_the_model_that_the_product_trains(tmp_path):
     values = SMALL | {"shift": 0, "adamw_learning_rate": 0.01}
     text, model = trained(values)

@@ -236,6 +236,7 @@ def test_the_exported_script_trains_the_winner_without_this_project(run_folder, 
     assert accuracy == pytest.approx(winner["seeds"][0]["test"]["accuracy"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_config_trained_again_gives_the_figures_of_its_file(run_folder, tmp_path):
     config = run_folder / "configs" / "best.yaml"
     output = finish(tmp_path, "train", str(config), "--seeds", "1")
@@ -297,6 +298,7 @@ def test_a_changed_model_is_noticed_and_made_again(run_folder):
     test_every_artifact_is_the_one_that_the_study_names(run_folder)
 
 
+@pytest.mark.slow
 def test_more_seeds_train_only_what_is_missing(run_folder):
     before = {p.name: artifacts.sha256(p) for p in (run_folder / "models").iterdir()}
     finish(run_folder, "retrain", "--study", "quickstart", "--seeds", "3")

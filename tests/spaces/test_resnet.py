@@ -213,6 +213,7 @@ def test_a_saved_model_is_plain_keras(order, tmp_path):
     np.testing.assert_array_equal(loaded(images), model(images))
 
 
+@pytest.mark.slow
 def test_it_learns_digits():
     images, labels = load_digits(return_X_y=True)
     images, labels = (images.reshape(-1, 8, 8, 1) / 16 * 255).astype("uint8"), np.eye(10)[labels]

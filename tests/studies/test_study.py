@@ -85,6 +85,7 @@ def test_known_points_lie_in_their_space(study, known):
             assert parameter.min_value <= value <= parameter.max_value
 
 
+@pytest.mark.slow
 def test_the_quickstart_reads_digits():
     images, labels = shuffle(*load_digits(return_X_y=True), random_state=0)
     images = (images.reshape(-1, 8, 8, 1) / 16 * 255).astype("uint8")
