@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import artifacts, catalogue, journey, results, storage
+from search import artifacts, catalogue, datasets, journey, results, storage
 from search.errors import EXIT_USAGE, SearchError
 from search.pool import Interrupted
 from search.progress import View
@@ -142,8 +142,6 @@ def _written(study: Study, folder: Path) -> Path:
             fields[name] = str(Path(fields[name]).expanduser().absolute())
         elif name in fields:
             roots.append(str(Path.cwd()))
-    from search import datasets
-
     if "dataset" in fields:
         fields["dataset"] = datasets.resolve(fields["dataset"], Path.cwd())
     lines = [f'"""Study {study.name}, as it was given to search.run."""', ""]

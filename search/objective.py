@@ -91,7 +91,9 @@ class KerasTasks:
         report = training.Report(trial, self._images_per_report)
         value = None
         if trains_itself(self._study.space):
-            value = self._fit_itself(space, hp, model, train, report)
+            returned = self._let_fit(space, hp, model, train, self._num_reports, [report])
+            if not (report.diverged or report.pruned):
+                value = value_of_fit(returned, report.values)
         else:
             self._fit(space, hp, model, train, report, message["seed"])
         if report.diverged:
@@ -119,7 +121,8 @@ class KerasTasks:
         if trains_itself(self._study.space):
             num_reports = max(1, round(message["epochs"] * message["share"]))
             progress = training.Progress(tell, num_reports, len(x))
-            self._refit_itself(space, hp, model, (x, y), progress, num_reports)
+            guards = [progress, keras.callbacks.TerminateOnNaN()]
+            self._let_fit(space, hp, model, (x, y), num_reports, guards)
             epochs: float = len(progress.history.get("loss", [])) or num_reports
             hp.check_all_read()
         else:
@@ -238,45 +241,27 @@ class KerasTasks:
             callbacks=[*space.callbacks(hp), best_weights, report],
         )
 
-    def _fit_itself(
+    def _let_fit(
         self,
         space: Space,
-        hp: TrialHyperParameters,
+        hp: keras_tuner.HyperParameters,
         model: keras.Model,
         train: Data,
-        report: training.Report,
-    ) -> float | None:
-        """Let the space train, in whole epochs, measured on all validation images."""
-        returned = space.fit(
-            hp,
-            model,
-            (train[0], training.as_loss_wants(model, train[1])),
-            validation_data=self._validation_data(model),
-            epochs=self._num_reports,
-            callbacks=[report],
-        )
-        if report.diverged or report.pruned:
-            return None
-        return value_of_fit(returned, report.values)
-
-    def _refit_itself(
-        self,
-        space: Space,
-        hp: ReplayedHyperParameters,
-        model: keras.Model,
-        train: Data,
-        progress: training.Progress,
         epochs: int,
-    ) -> None:
-        # A fit of the user's may unpack validation_data, so it gets some, though these images are
-        # among those that it trains on: nothing is chosen by them.
-        space.fit(
+        callbacks: list[keras.callbacks.Callback],
+    ) -> Any:
+        """Let the space train, in whole epochs; what its fit returns.
+
+        It may unpack validation_data, so it gets some in a retraining as well, though these images
+        are then among those that it trains on: nothing is chosen by them.
+        """
+        return space.fit(
             hp,
             model,
             (train[0], training.as_loss_wants(model, train[1])),
             validation_data=self._validation_data(model),
             epochs=epochs,
-            callbacks=[progress, keras.callbacks.TerminateOnNaN()],
+            callbacks=callbacks,
         )
 
     def _validation_data(self, model: keras.Model) -> Data:

@@ -130,7 +130,14 @@ def _train(
         )
     pool.prepare(dataclasses.asdict(settings))
     ready = pool.wait_for_space()
-    jobs = _jobs(config, options.get("seeds"), {"data": dataset["sha256"], **_point(config)})
+    # What makes a stored model the one that is asked for, beside its seed and length.
+    question = {
+        "study": entry.name,
+        "params": config["params"],
+        "data": dataset["sha256"],
+        "precision": ready["precision"],
+    }
+    jobs = _jobs(config, options.get("seeds"), question)
     records = folder / "training.json"
     stored = json.loads(records.read_text()) if records.exists() else {}
     for job in jobs:
@@ -174,12 +181,6 @@ def _jobs(config: dict[str, Any], num_seeds: int | None, question: dict[str, Any
         Job(trial, index, seed, config["params"], accuracy, 1.0, {**length, **question})
         for index, seed in enumerate(seeds)
     ]
-
-
-def _point(config: dict[str, Any]) -> dict[str, Any]:
-    """What makes a stored model the one that is asked for, beside its seed and length."""
-    how = config["training"]
-    return {"params": config["params"], "precision": how["precision"]}
 
 
 def _check(value: Any, rule: Any, path: Path, name: str) -> None:

@@ -253,6 +253,11 @@ def test_a_config_trained_again_gives_the_figures_of_its_file(run_folder, tmp_pa
     again = finish(tmp_path, "train", str(config), "--seeds", "1")
     assert "retrained for" not in again
     assert artifacts.sha256(tmp_path / seed["model"]) == before
+    # Under another precision it is another model.
+    precision = {"float32": "bfloat16", "bfloat16": "float32"}[now["training"]["precision"]]
+    other = finish(tmp_path, "train", str(config), "--seeds", "1", "--precision", precision)
+    assert "retrained for" in other
+    assert artifacts.sha256(tmp_path / seed["model"]) != before
 
 
 def test_images_are_classified_by_winner_and_ensemble(run_folder, tmp_path):
