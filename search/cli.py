@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from search.progress import View
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_BYTES = {"": 0, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 PRECISIONS = ["auto", "float32", "bfloat16"]
 _YEAR = 366 * 24 * 3600
@@ -38,6 +39,18 @@ class _Duration(click.ParamType):
                 f"Received: {str(value)[:40]!r}"
             )
         return seconds
+
+
+class _Size(click.ParamType):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([MGT]?)", str(value))
+        if not match or (not match[2] and float(match[1])):
+            self.fail(
+                f"a size is a number and M, G or T, such as 8G, or 0. Received: {str(value)[:40]!r}"
+            )
+        return int(float(match[1]) * _BYTES[match[2]])
 
 
 class _Epochs(click.FloatRange):
@@ -77,12 +90,15 @@ _working = _options(
     click.option("--workers", default="auto", help="auto (one per GPU, or per core) or a number."),
     click.option("--max-attempts", type=click.IntRange(1, 1000), default=3, show_default=True,
                  help="Of a trial whose worker dies."),
+    click.option("--weights", metavar="imagenet|none|FILE",
+                 help="Pretrained ones, where the study begins from some; none: random."),
+    click.option("--cache-size", type=_Size(), help="On disk, of what frozen layers give, such as "
+                 "500M; 0: none.  [default: 8G]"),
 )  # fmt: skip
 _running = _options(
     _working,
     click.option("--precision", type=click.Choice(PRECISIONS), default="auto"),
-    click.option("--top", type=click.IntRange(1, 1000), default=1, show_default=True,
-                 help="Winners to retrain."),
+    click.option("--top", type=click.IntRange(1, 1000), help="Winners to retrain.  [default: 1]"),
     click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True,
                  help="Trainings of each winner."),
     click.option("--final-epochs", type=_Epochs(),
@@ -195,8 +211,9 @@ def retrain(study: str, out: Path | None, **options: Any) -> None:
       fmnist-search retrain --study cnn --top 3 --seeds 5 --final-epochs 30
     """
     _opened(study, out, options["storage"])  # there must be something to retrain
-    _journey(study, out, {**_stored_options(study, out, options["storage"]), **options,
-                          "search": False})  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
+    stored = {"storage": None, **_stored_options(study, out, options["storage"])}
+    _journey(study, out, {**stored, **given, "search": False})
 
 
 @cli.command(context_settings=_CONTEXT)
@@ -374,5 +391,5 @@ def _stored_options(study: str, out: Path | None, url: str | None) -> dict[str, 
     if run is None:
         return {}
     options = {name: value for name, value in run["fixed"].items() if name != "kind"}
-    dataset = run.get("dataset")
-    return options | ({"dataset": dataset["reference"]} if dataset else {})
+    references = {name: run.get(name) for name in ("dataset", "weights")}
+    return options | {name: known["reference"] for name, known in references.items() if known}

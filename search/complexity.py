@@ -43,6 +43,17 @@ def parameters(model: keras.Model) -> int:
     return int(model.count_params())
 
 
+def training_bytes(model: keras.Model, batch_size: int) -> int:
+    """About what one training step holds: weights, their gradients and two moments, and each
+    tensor of the graph with its gradient, as float32. A lower bound for a model without a graph."""
+    trained = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+    tensors_ = 0
+    if _has_graph(model):
+        shapes = [t.shape for call in calls(model) for t in keras.tree.flatten(call.outputs)]
+        tensors_ = sum(math.prod(size or 1 for size in shape[1:]) for shape in shapes)
+    return 4 * (parameters(model) + 3 * trained + 2 * batch_size * tensors_)
+
+
 def flops(model: keras.Model) -> int:
     """Operations of one image's forward pass at inference; the module's docstring says which.
 

@@ -152,6 +152,8 @@ class Coordinator:
                 pool.answer(slot, **trial.suggest(message))
             case "attribute":
                 pool.answer(slot, **trial.set_attribute(message))
+            case "progress":
+                slot.status["note"] = message["note"]
             case "report":
                 pool.answer(slot, value=self._report(slot, trial, message))
             case "finished":
@@ -167,7 +169,12 @@ class Coordinator:
         """Store a report; whether the worker is to stop."""
         if trial.told:
             return True
-        slot.status |= {"step": message["step"], "value": message["value"], **message["progress"]}
+        slot.status |= {
+            "note": "",
+            "step": message["step"],
+            "value": message["value"],
+            **message["progress"],
+        }
         ending = trial.report(message, self._pruner)
         if self._logs.is_on:
             figures = message["step"], message["value"], message["metrics"]

@@ -4,14 +4,17 @@ metrics.json, schema 1:
 
     schema, study, study_file (None for an installed study),
     dataset {name, reference (a name or a path), sha256, input_shape, class_names},
+    weights {reference, sha256, label} of pretrained ones, or None,
     training {precision, images_per_report, batch_size (where the space has none), sampler, pruner,
         study_seed},
     search {trials, complete, pruned, fail, seconds, saved_share},
     provenance {versions, backend, commit (None for an installed copy), hardware},
     winners: [{trial, params, validation_accuracy, epochs (trained), schedule_epochs (its learning
-        rate's), share (of the schedule, that was to be trained), parameters,
-        diverged (seed numbers), test {mean, std}, seeds: [{seed, model, model_sha256, evaluation,
-        evaluation_sha256, test {<figure>, per_class, confusion_matrix}}]}],
+        rate's), share (of the schedule, that was to be trained), parameters, flops, seconds (of one
+        training, the mean), weights (label of pretrained ones, or None), of a comparison also
+        validated (True), train and validation {mean, std} of accuracy and loss, published
+        {<figure>}, diverged (seed numbers), test {mean, std}, seeds: [{seed, model, model_sha256,
+        evaluation, evaluation_sha256, test {<figure>, per_class, confusion_matrix}}]}],
     ensemble: the mean of the probabilities of all these models, {models, test}; None for fewer
         than two
 
@@ -24,6 +27,7 @@ import csv
 import dataclasses
 import io
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,7 @@ from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 from search.pool import run_task
 from search.retrain import Job, new_job
 from search.settings import Settings, resolve
+from search.weights import RANDOM
 
 
 def metrics(
@@ -61,7 +66,7 @@ def metrics(
             "seconds": round(results.search_seconds(study), 1),
             "saved_share": round(results.saved_share(study), 4),
         },
-        **measured(jobs, run["dataset"]["class_names"], folder),
+        **measured(jobs, run, settings, folder),
         "provenance": provenance.collect(),
     }
 
@@ -72,6 +77,7 @@ def subject(settings: Settings, run: dict[str, Any]) -> dict[str, Any]:
         "study": settings.name,
         "study_file": None if catalogue.is_installed(Path(settings.file)) else settings.file,
         "dataset": run["dataset"],
+        "weights": run["weights"],
         "training": {
             "precision": run["precision"],
             "images_per_report": run["images_per_report"],
@@ -83,8 +89,11 @@ def subject(settings: Settings, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measured(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The winners' figures and those of their ensemble.
+def measured(
+    jobs: list[Job], run: dict[str, Any], settings: Settings, folder: Path
+) -> dict[str, Any]:
+    """The winners' figures and those of their ensemble; `run` has dataset, weights, pretrained and,
+    of a comparison, described.
 
     Raises:
         SearchError: if every retraining diverged.
@@ -99,8 +108,10 @@ def measured(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict[
             "a larger --top",
             exit_code=EXIT_NOTHING_USABLE,
         )
+    class_names = run["dataset"]["class_names"]
+    winners = [_winner(of, class_names, folder) | _origin(of[0], run, settings) for of in usable]
     return {
-        "winners": [_winner(of, class_names, folder) for of in usable],
+        "winners": sorted(winners, key=lambda winner: -(winner["validation_accuracy"] or 0.0)),
         "ensemble": _ensemble([job for of in usable for job in of], class_names, folder),
     }
 
@@ -129,10 +140,12 @@ def config(winner: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
             "epochs": winner["epochs"],
             "schedule_epochs": winner["schedule_epochs"],
             "share": winner["share"],
+            "validated": winner["validated"],
             "seeds": [seed["seed"] for seed in winner["seeds"]],
             **figures["training"],
         },
         "dataset": figures["dataset"],
+        "weights": figures["weights"],
         "validation": {"accuracy": winner["validation_accuracy"]},
         "test": winner["test"],
         "provenance": figures["provenance"],
@@ -176,6 +189,7 @@ def script(study: optuna.Study, trial: FrozenTrial, file: Path, options: dict[st
     settings = resolve(run["described"], str(file), options)
     job = new_job(trial, 0, settings, run["num_reports"])
     record = study.user_attrs.get(job.key, job.record)
+    validated = "validated" in record and "kept_epochs" in record
     value = "" if trial.value is None else f", validation accuracy {trial.value:.4f}"
     data = {name: run["dataset"][name] for name in ("name", "reference", "input_shape")}
     task = {
@@ -183,8 +197,11 @@ def script(study: optuna.Study, trial: FrozenTrial, file: Path, options: dict[st
         "title": f"Trial {trial.number} of study {study.study_name}{value}",
         "params": trial.params,
         "seed": job.seed,
-        "epochs": record["epochs"],
+        # Of a training that was watched, as many as made the model that was kept: nothing watches
+        # the script's.
+        "epochs": record.get("kept_epochs", 0) if validated else record["epochs"],
         "share": record["share"],
+        "stops": not validated,
         "num_images": run["num_images"],
         "images_per_report": run["images_per_report"],
         "data": {**data, "num_classes": len(run["dataset"]["class_names"])},
@@ -205,15 +222,41 @@ def _winner(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict[s
     return {
         "trial": jobs[0].trial,
         "params": jobs[0].params,
-        "validation_accuracy": jobs[0].value,
-        "epochs": round(measured[0].record["trained_epochs"], 3),
+        "validation_accuracy": _mean([job.value for job in measured if job.value is not None]),
+        "epochs": round(_mean([job.record["trained_epochs"] for job in measured]) or 0.0, 3),
         "schedule_epochs": measured[0].record["epochs"],
         "share": measured[0].record["share"],
         "parameters": measured[0].record["parameters"],
+        "flops": measured[0].record["flops"],
+        "seconds": round(_mean([job.record["seconds"] for job in measured]) or 0.0, 1),
+        "validated": measured[0].record.get("validated", False),
+        **{
+            part: evaluation.summarise([job.record[part] for job in measured])
+            for part in ("train", "validation")
+            if measured[0].record[part]
+        },
         "test": evaluation.summarise([seed["test"] for seed in seeds]),
         "seeds": seeds,
         "diverged": [job.index for job in jobs if "diverged" in job.record],
     }
+
+
+def _origin(job: Job, run: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """What a winner began from, and what was published of it: nothing that compares with a figure
+    from other data, or from random weights instead of pretrained ones."""
+    weights = run["weights"]
+    begins = weights and (settings.kind != "comparison" or run["pretrained"][job.trial])
+    label = weights["label"] if begins else None
+    described = run.get("described", {})
+    is_same_data = run["dataset"]["name"] == described.get("dataset")
+    figures = {}
+    if settings.kind == "comparison" and described["published"] and is_same_data:
+        figures = described["published"][job.trial]
+    return {"weights": label, "published": {} if label == RANDOM else figures}
+
+
+def _mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def _seed(job: Job, class_names: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ what can't work is refused at the first build, before the first trial.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -34,13 +35,17 @@ class Space:
 
     Args:
         space: a HyperModel (class or instance) or a function build(hp). A class is called with
-            those of input_shape, num_classes (also called classes) and total_images that it takes.
+            those of input_shape, num_classes (also called classes), total_images and weights that
+            it takes.
         total_images: seen in a whole training.
+        weights: file of pretrained ones, or "none"; None where the study says nothing of them, and
+            the class's own default stands.
     """
 
-    def __init__(self, space: Any, dataset: Images, total_images: int):
+    def __init__(self, space: Any, dataset: Images, total_images: int, weights: str | None = None):
         self._dataset = dataset
         self._space = space
+        self._takes_weights = False
         if inspect.isclass(space):
             known = {
                 "input_shape": dataset.input_shape,
@@ -48,7 +53,10 @@ class Space:
                 "classes": dataset.num_classes,
                 "total_images": total_images,
             }
+            if weights is not None:
+                known["weights"] = weights
             taken = inspect.signature(space).parameters
+            self._takes_weights = weights is not None and "weights" in taken
             self._space = space(**{name: value for name, value in known.items() if name in taken})
 
     def build(self, hp: keras_tuner.HyperParameters) -> keras.Model:
@@ -71,6 +79,22 @@ class Space:
     def callbacks(self, hp: keras_tuner.HyperParameters) -> list[keras.callbacks.Callback]:
         """Those that the space brings: a method `callbacks(hp)`, patience in epochs."""
         return self._space.callbacks(hp) if hasattr(self._space, "callbacks") else []
+
+    def epochs(self, hp: keras_tuner.HyperParameters) -> float:
+        """Passes over the training part that suit a point: a method `epochs(hp)`, which only
+        comparisons ask; else infinitely many."""
+        return self._space.epochs(hp) if hasattr(self._space, "epochs") else math.inf
+
+    def before_saving(self, model: keras.Model) -> None:
+        """A method `before_saving(model)` may leave out what plain Keras could not load."""
+        if hasattr(self._space, "before_saving"):
+            self._space.before_saving(model)
+
+    def is_pretrained(self, hp: keras_tuner.HyperParameters) -> bool:
+        """Whether the point begins from the study's weights: all of a space that takes them do,
+        unless its method `is_pretrained(hp)` says otherwise."""
+        own = getattr(self._space, "is_pretrained", None)
+        return self._takes_weights and (own is None or own(hp))
 
     def fit(
         self,

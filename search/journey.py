@@ -10,15 +10,27 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search import artifacts, catalogue, datasets, devices, export, folders, results, storage
+from search import (
+    artifacts,
+    catalogue,
+    comparison,
+    datasets,
+    devices,
+    export,
+    folders,
+    results,
+    storage,
+    weights,
+)
 from search.coordinator import Coordinator
 from search.engines.local import LocalEngine
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
@@ -32,7 +44,10 @@ logger = logging.getLogger("search")
 
 
 # What the workers find out before the first trial, and the study keeps.
-_MEASURED = ("num_reports", "images_per_report", "images_per_epoch", "num_images", "precision")
+_MEASURED = (
+    *("num_reports", "images_per_report", "images_per_epoch", "num_images", "precision"),
+    "pretrained",  # which known points begin from the study's weights
+)
 
 
 @dataclass(frozen=True)
@@ -109,11 +124,14 @@ class _Journey:
         logs = open_logs(self._options.get("log"), self._folder)
         with signals_to(pool), closing(logs), pool:
             settings = self._begin(pool)
-            if self._options.get("search") is not False:
+            if settings.kind == "comparison":
+                self._compare(pool, settings)
+            elif self._options.get("search") is not False:
                 self._search(pool, settings, logs)
-            if final and settings.kind == "space":
+            if final and settings.kind != "objective":
                 retraining = self._retraining(settings)
                 retraining.run(pool)
+                shutil.rmtree(settings.cache, ignore_errors=True)  # nothing reads it any more
                 for job in retraining.jobs:
                     logs.history(job.stem, job.record.get("history", {}), job.params)
                 return self._outcome(settings, self._write(settings, retraining.jobs))
@@ -151,11 +169,12 @@ class _Journey:
                 f"{self._entry.name!r} as written; write the name out"
             )
         settings = self._settings(described)
-        dataset = described_data(settings.dataset) if settings.kind == "space" else None
+        dataset = described_data(settings.dataset) if settings.kind != "objective" else None
+        settings, pretrained = with_weights(settings)
         pool.prepare(dataclasses.asdict(settings))
         ready = pool.wait_for_space()
         if run := self._run():
-            self._refuse_another(run, ready["space"], dataset)
+            self._refuse_another(run, ready["space"], dataset, pretrained)
         self._study = storage.open_study(self._url, self._entry.name)
         self._study.set_user_attr(
             "run",
@@ -166,6 +185,7 @@ class _Journey:
                 "known_points": ready["known_points"],
                 **{name: ready[name] for name in _MEASURED},
                 "dataset": dataset,
+                "weights": pretrained,
                 "file_sha256": artifacts.sha256(self._entry.file),
             },
         )
@@ -183,6 +203,7 @@ class _Journey:
 
     def _settings(self, described: dict[str, Any]) -> Settings:
         settings = resolve(described, str(self._entry.file), self._options)
+        settings = dataclasses.replace(settings, cache=str(self._folder.absolute() / "features"))
         if run := self._run():
             refuse_differences(run["fixed"], settings.fixed(), settings.name, str(self._folder))
         if self._options.get("search") is False:
@@ -196,7 +217,11 @@ class _Journey:
         return settings
 
     def _refuse_another(
-        self, run: dict[str, Any], space: list[Any], dataset: dict[str, Any] | None
+        self,
+        run: dict[str, Any],
+        space: list[Any],
+        dataset: dict[str, Any] | None,
+        pretrained: dict[str, Any] | None,
     ) -> None:
         names = self._entry.name, str(self._folder)
         refuse_another_space(run["space"], space, *names)
@@ -204,6 +229,12 @@ class _Journey:
             refuse_differences(
                 {"data": run["dataset"]["sha256"]}, {"data": dataset["sha256"]}, *names
             )
+        if pretrained:
+            before, now = (
+                {"weights": f"{known['label']} (SHA-256 {known['sha256'][:12] or 'none'})"}
+                for known in (run["weights"], pretrained)
+            )
+            refuse_differences(before, now, *names)
 
     def _search(self, pool: Pool, settings: Settings, logs: Logs) -> None:
         study, run = self._study, self._run()
@@ -222,17 +253,34 @@ class _Journey:
                 exit_code=EXIT_NOTHING_USABLE,
             )
 
-    def _retraining(self, settings: Settings) -> Retraining:
+    def _compare(self, pool: Pool, settings: Settings) -> None:
+        study = self._study
+        assert study is not None
+
+        def save(job: Job) -> None:
+            study.set_user_attr(job.key, job.record)
+            for number in comparison.tell(study, retraining.jobs):
+                trial = study.trials[number]
+                logger.info("%s: %s", trial.params, trial.value)
+
+        retraining = self._retraining(settings, save)
+        retraining.train(pool)
+        comparison.tell(study, retraining.jobs)  # those whose last word a kill has cut off
+
+    def _retraining(
+        self, settings: Settings, save: Callable[[Job], None] | None = None
+    ) -> Retraining:
         study, run = self._study, self._run()
         assert study is not None
         assert run is not None
+        jobs = comparison.jobs_of if settings.kind == "comparison" else jobs_of
         return Retraining(
-            jobs_of(study, settings),
+            jobs(study, settings),
             settings,
             images_per_epoch=run["images_per_epoch"],
             folder=self._folder,
             view=self._view,
-            save=lambda job: study.set_user_attr(job.key, job.record),
+            save=save or (lambda job: study.set_user_attr(job.key, job.record)),
         )
 
     def _write(self, settings: Settings, jobs: list[Job]) -> dict[str, Any]:
@@ -270,6 +318,16 @@ class _Journey:
         assert self._study is not None
         best = next(((t.number, t.value or 0.0) for t in results.winners(self._study, 1)), None)
         return Outcome(self._folder, self._url, settings, self._num_finished(), best, figures)
+
+
+def with_weights(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
+    """Verify pretrained weights, fetched where they have to be; the settings as workers need them,
+    and what is known of the weights, ready for JSON."""
+    if settings.weights is None:
+        return settings, None
+    ready = weights.ensure(settings.weights)
+    known = {"reference": settings.weights, "sha256": ready.sha256, "label": ready.label}
+    return dataclasses.replace(settings, weights=ready.path), known
 
 
 def described_data(reference: str) -> dict[str, Any]:

@@ -64,14 +64,16 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
 def print_outcome(outcome: Outcome, same_run: str) -> None:
     """What has been reached, and the commands that go on from there (`same_run`: their options)."""
     settings = outcome.settings
+    what = "points compared" if settings.kind == "comparison" else "trials finished"
     _console.print(
-        f"\n[bold]{settings.name}[/bold]: {outcome.num_finished} of {settings.trials} trials "
-        "finished"
+        f"\n[bold]{settings.name}[/bold]: {outcome.num_finished} of {settings.trials} {what}"
     )
     if outcome.best and not outcome.metrics:
         number, value = outcome.best
         _console.print(f"best: trial {number} with {value:.4f}")
-    if outcome.metrics:
+    if outcome.metrics and settings.kind == "comparison":
+        _print_compared(outcome.metrics)
+    elif outcome.metrics:
         _print_winners(outcome.metrics)
     can_predict = outcome.metrics and "--storage" not in same_run  # its images need no study
     _console.print("Next:", style="bold")
@@ -132,6 +134,49 @@ def _print_winners(figures: dict[str, Any]) -> None:
             f"ensemble of {ensemble['models']} models: test accuracy "
             f"{ensemble['test']['accuracy']:.4f}, loss {ensemble['test']['loss']:.4f}"
         )
+
+
+def _print_compared(figures: dict[str, Any]) -> None:
+    """All points, the best on the validation part first; then each published figure beside ours."""
+    winners = figures["winners"]
+    table = _table("", "train", "validation", "test accuracy", "seeds", "epochs", "parameters")
+    published = _table("published", "figure", "there", "here", "difference")
+    for winner in winners:
+        name = _point_name(winner["params"])
+        label = f"{name} ({winner['weights']})" if winner["weights"] else name
+        here = {
+            f"{short}_{figure}": (winner[part]["mean"][figure], winner[part]["std"][figure])
+            for short, part in (("train", "train"), ("val", "validation"), ("test", "test"))
+            for figure in winner[part]["mean"]
+        }
+        table.add_row(
+            label,
+            *(_spread(here[f"{part}_accuracy"]) for part in ("train", "val", "test")),
+            str(len(winner["seeds"])),
+            f"{winner['epochs']:.1f}",
+            f"{winner['parameters']:,}",
+        )
+        for figure, there in winner["published"].items():
+            mean, std = here[figure]
+            published.add_row(
+                name, figure, f"{there:.4f}", _spread((mean, std)), f"{mean - there:+.4f}"
+            )
+    _console.print(table)
+    if published.rows:
+        _console.print(published)
+    seconds = figures["search"]["seconds"]
+    _console.print(f"trained in {duration(seconds)}")
+
+
+def _spread(figure: tuple[float, float]) -> str:
+    return f"{figure[0]:.4f} ± {figure[1]:.4f}"
+
+
+def _point_name(params: dict[str, Any]) -> str:
+    """A point of one hyperparameter is named by its value."""
+    if len(params) == 1:
+        return str(*params.values())
+    return ", ".join(f"{name}={_short(value)}" for name, value in params.items())
 
 
 def _run_of(folder: Path, name: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ import keras
 import keras_tuner
 import numpy as np
 
-from search import artifacts, backend, complexity, datasets, training
+from search import artifacts, backend, complexity, datasets, features, training
+from search.errors import SearchError
+from search.feature_store import FeatureStore
 from search.hypermodel import (
     Images,
     Space,
@@ -25,7 +30,9 @@ from search.hyperparameters import ReplayedHyperParameters, TrialHyperParameters
 from search.protocol import Message, RemoteTrial
 from studies.study import Study
 
-Data = tuple[np.ndarray, np.ndarray]
+logger = logging.getLogger("search")
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
 class KerasTasks:
@@ -46,8 +53,17 @@ class KerasTasks:
         return datasets.find(self._settings["dataset"])
 
     @cached_property
-    def _split(self) -> datasets.Split:
-        return datasets.load_split(self._settings["dataset"])
+    def _images(self) -> Arrays:
+        """All training data, in its own order: the parts below are positions in it."""
+        return datasets.load_train(self._settings["dataset"])
+
+    @cached_property
+    def _at(self) -> datasets.Positions:
+        return datasets.split(self._images[1])
+
+    @cached_property
+    def _content(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self._images[0]).data).hexdigest()
 
     def describe(self) -> Message:
         """The space, and the study's known points made whole.
@@ -70,8 +86,9 @@ class KerasTasks:
             "precision": self.precision,
             "num_reports": self._num_reports,
             "images_per_report": self._images_per_report,
-            "images_per_epoch": len(self._split.x_train),
-            "num_images": len(self._split.x_train) + len(self._split.x_val),
+            "images_per_epoch": len(self._at.train),
+            "num_images": len(self._images[1]),
+            "pretrained": [self._is_pretrained(point) for point in self._study.known_points],
         }
 
     def trial(self, trial: RemoteTrial, message: Message) -> Message:
@@ -87,21 +104,31 @@ class KerasTasks:
         # Now, since a trial that is pruned is finished before this function is.
         trial.set_user_attr("parameters", complexity.parameters(model))
         trial.set_user_attr("flops", complexity.flops(model))
-        train = self._split.x_train, self._split.y_train
+        batch_size = hp.values.get("batch_size", self._study.batch_size)
+        if too_much := self._too_much(model, batch_size):
+            return {"outcome": "invalid", "reason": too_much}
         report = training.Report(trial, self._images_per_report)
         value = None
         if trains_itself(self._study.space):
-            returned = self._let_fit(space, hp, model, train, self._num_reports, [report])
+            arrays = self._arrays(self._at.train)
+            returned = self._let_fit(space, hp, model, arrays, self._num_reports, [report])
             if not (report.diverged or report.pruned):
                 value = value_of_fit(returned, report.values)
         else:
-            self._fit(space, hp, model, train, report, message["seed"])
+            plan = training.Plan(
+                len(self._at.train),
+                self._images_per_report,
+                self._num_reports,
+                batch_size,
+                message["seed"],
+            )
+            value = self._fit(space, hp, model, plan, report, trial.progress)
         if report.diverged:
             return {"outcome": "diverged", "reason": report.diverged}
         if report.pruned:
             return {"outcome": "pruned"}
         if value is None:
-            value = training.accuracy(model, (self._split.x_val, self._split.y_val))
+            value = training.accuracy(model, self._arrays(self._at.val))
         if not math.isfinite(value):
             return {"outcome": "diverged", "reason": f"the value was {value}"}
         return {"outcome": "complete", "value": value}
@@ -111,44 +138,66 @@ class KerasTasks:
 
         Args:
             message: params, seed, epochs (the schedule's length, in passes over the data),
-                share (of it that is trained, 0 to 1) and path of the model.
+                share (of it that is trained, 0 to 1), validated (train on the training part alone,
+                as long as suits the point, and watch the validation part) and path of the model.
         """
         keras.utils.set_random_seed(message["seed"])
-        x, y = datasets.load_train(self._settings["dataset"])
-        space = self._space(round(message["epochs"] * len(x)))
+        validated = message["validated"]
+        chosen = self._at.train if validated else np.arange(len(self._images[1]))
         hp = ReplayedHyperParameters(message["params"])
+        epochs = self._epochs(hp, message)
+        space = self._space(round(epochs * len(chosen)))
         model = space.build(hp)
+        callbacks = space.callbacks(hp)
+        figures = {}
         if trains_itself(self._study.space):
-            num_reports = max(1, round(message["epochs"] * message["share"]))
-            progress = training.Progress(tell, num_reports, len(x))
+            num_reports = max(1, round(epochs * message["share"]))
+            progress = training.Progress(tell, num_reports, len(chosen))
             guards = [progress, keras.callbacks.TerminateOnNaN()]
-            self._let_fit(space, hp, model, (x, y), num_reports, guards)
-            epochs: float = len(progress.history.get("loss", [])) or num_reports
+            self._let_fit(space, hp, model, self._arrays(chosen), num_reports, guards)
+            trained: float = len(progress.history.get("loss", [])) or num_reports
             hp.check_all_read()
+            if validated:
+                figures = training.measured(model, self._arrays(self._at.val))
         else:
             hp.check_all_read()
-            plan = self._final_plan(hp, len(x), self._images_per_report, message)
+            per_report = self._images_per_report
+            plan = self._final_plan(hp, len(chosen), per_report, epochs * message["share"], message)
             progress = training.Progress(tell, plan.num_reports, plan.images_per_report)
-            training.train(
-                model,
-                (x, y),
-                plan,
-                validation_data=None,
-                callbacks=[*space.callbacks(hp), progress, keras.callbacks.TerminateOnNaN()],
-            )
-            epochs = plan.num_reports * plan.steps_per_report * plan.batch_size / len(x)
+            with self._fed(model, lambda note: tell(note=note)) as (part, inputs):
+                training.train(
+                    part,
+                    self._data(inputs, chosen),
+                    plan,
+                    validation_data=self._data(inputs, self._at.val) if validated else None,
+                    callbacks=[*callbacks, progress, keras.callbacks.TerminateOnNaN()],
+                )
+                if validated:
+                    figures = training.measured(part, self._data(inputs, self._at.val))
+            num_reports = len(progress.history.get("loss", []))
+            trained = num_reports * plan.steps_per_report * plan.batch_size / len(chosen)
         last_loss = progress.history.get("loss", [0.0])[-1]
         if not math.isfinite(last_loss):
             return {"outcome": "diverged", "reason": f"loss was {last_loss}"}
+        space.before_saving(model)
         path = Path(message["path"])
         with artifacts.write_atomically(path) as beside:
             model.save(beside)
+        kept = _kept_report(callbacks)
         return {
             "outcome": "complete",
             "sha256": artifacts.sha256(path),
             "history": progress.history,
             "parameters": model.count_params(),
-            "epochs": epochs,
+            "epochs": trained,
+            "flops": complexity.flops(model),
+            "kept_epochs": trained if kept < 0 else trained * (kept + 1) / num_reports,
+            "validation": figures,
+            "train": {
+                name: values[kept]
+                for name, values in progress.history.items()
+                if validated and not name.startswith(("val_", "learning_rate"))
+            },
         }
 
     def evaluate(self, tell: Callable[..., None], message: Message) -> Message:
@@ -185,14 +234,19 @@ class KerasTasks:
 
         data, num_images = message["data"], message["num_images"]
         images = Images(data["name"], tuple(data["input_shape"]), data["num_classes"])
-        space = Space(self._study.space, images, round(message["epochs"] * num_images))
         hp = ReplayedHyperParameters(message["params"])
+        space = self._space(round(message["epochs"] * num_images), images)
         model = space.build(hp)
         own_fit = trains_itself(self._study.space)
         if not own_fit:
             hp.check_all_read()
-        plan = self._final_plan(hp, num_images, message["images_per_report"], message)
-        callbacks = space.callbacks(hp)
+        epochs = message["epochs"] * message["share"]
+        plan = self._final_plan(hp, num_images, message["images_per_report"], epochs, message)
+        callbacks = [
+            callback
+            for callback in space.callbacks(hp)
+            if message["stops"] or not isinstance(callback, keras.callbacks.EarlyStopping)
+        ]
         for callback in [] if own_fit else callbacks:  # a fit of its own counts epochs
             training.count_in_reports(callback, plan.reports_per_epoch, has_validation=False)
         text = script.script(
@@ -221,32 +275,89 @@ class KerasTasks:
         space: Space,
         hp: TrialHyperParameters,
         model: keras.Model,
-        train: Data,
+        plan: training.Plan,
         report: training.Report,
-        seed: int,
-    ) -> None:
-        """Train as the product does; the model is left with its best weights."""
-        batch_size = hp.values.get("batch_size", self._study.batch_size)
-        plan = training.Plan(
-            len(train[0]), self._images_per_report, self._num_reports, batch_size, seed
-        )
+        tell: Callable[..., None],
+    ) -> float | None:
+        """Train as the product does; the model is left with its best weights. Their accuracy on
+        all validation images, unless the trial ended early."""
         best_weights = keras.callbacks.EarlyStopping(
             training.MONITOR, mode="max", patience=plan.num_reports, restore_best_weights=True
         )
-        training.train(
-            model,
-            train,
-            plan,
-            validation_data=(self._split.x_monitor, self._split.y_monitor),
-            callbacks=[*space.callbacks(hp), best_weights, report],
+        with self._fed(model, lambda note: tell(note=note)) as (part, inputs):
+            training.train(
+                part,
+                self._data(inputs, self._at.train),
+                plan,
+                validation_data=self._data(inputs, self._at.monitor),
+                callbacks=[*space.callbacks(hp), best_weights, report],
+            )
+            if report.diverged or report.pruned:
+                return None
+            return training.accuracy(part, self._data(inputs, self._at.val))
+
+    @contextmanager
+    def _fed(
+        self, model: keras.Model, tell: Callable[[str], None]
+    ) -> Iterator[tuple[keras.Model, np.ndarray]]:
+        """What is trained, and what it reads, for each image of the training set.
+
+        The model and the images; or, where nothing before some layer is trained or random, what
+        follows there, and the activations up to there, which are computed once in a run.
+        """
+        images = self._images[0]
+        parts = features.cut(model, images) if self._settings["cache_size"] else None
+        if parts is None:
+            yield model, images
+            return
+        store = FeatureStore(Path(self._settings["cache"]), self._settings["cache_size"])
+
+        def told(done: int, of: int) -> None:
+            tell(f"features {done / of:.0%}")
+
+        with ExitStack() as stack:
+            try:
+                activations = stack.enter_context(
+                    store.open(parts, images, data=self._content, tell=told)
+                )
+            except SearchError as error:
+                logger.warning("trained on images: %s", error)
+                yield model, images
+                return
+            yield parts.rest, activations
+
+    def _data(self, inputs: np.ndarray, chosen: np.ndarray) -> training.Data:
+        return backend.Rows(inputs, chosen), self._images[1][chosen]
+
+    def _arrays(self, chosen: np.ndarray) -> Arrays:
+        x, y = self._images
+        return x[chosen], y[chosen]
+
+    def _too_much(self, model: keras.Model, batch_size: int) -> str:
+        """Which limit a point is above, and by how much; or nothing."""
+        import psutil
+
+        limits = (
+            ("parameters", complexity.parameters(model), self._study.max_parameters),
+            ("flops", complexity.flops(model), self._study.max_flops),
         )
+        for name, amount, limit in limits:
+            if limit is not None and amount > limit:
+                return f"{amount:,} {name}, above max_{name}={limit:,}"
+        needed, memory = complexity.training_bytes(model, batch_size), psutil.virtual_memory().total
+        if not backend.visible_gpus() and needed > memory:
+            return (
+                f"a step of {batch_size} images needs about {needed / 1e9:.1f} GB, above this "
+                f"machine's {memory / 1e9:.1f} GB"
+            )
+        return ""
 
     def _let_fit(
         self,
         space: Space,
         hp: keras_tuner.HyperParameters,
         model: keras.Model,
-        train: Data,
+        train: Arrays,
         epochs: int,
         callbacks: list[keras.callbacks.Callback],
     ) -> Any:
@@ -264,14 +375,15 @@ class KerasTasks:
             callbacks=callbacks,
         )
 
-    def _validation_data(self, model: keras.Model) -> Data:
-        return self._split.x_val, training.as_loss_wants(model, self._split.y_val)
+    def _validation_data(self, model: keras.Model) -> Arrays:
+        x, y = self._arrays(self._at.val)
+        return x, training.as_loss_wants(model, y)
 
     @property
     def _images_per_report(self) -> int:
         """A whole epoch where the space trains itself, as Keras's own callbacks count; else what
         the run says, but an epoch at most, so that a small data set isn't trained for many."""
-        epoch = len(self._split.x_train)
+        epoch = len(self._at.train)
         if trains_itself(self._study.space):
             return epoch
         trial = math.ceil(min(1.0, self._settings["epochs"]) * epoch)
@@ -279,7 +391,7 @@ class KerasTasks:
 
     @property
     def _num_reports(self) -> int:
-        images = self._settings["epochs"] * len(self._split.x_train)
+        images = self._settings["epochs"] * len(self._at.train)
         return max(1, round(images / self._images_per_report))
 
     @property
@@ -291,19 +403,28 @@ class KerasTasks:
         hp: ReplayedHyperParameters,
         num_images: int,
         images_per_report: int,
+        epochs: float,
         message: Message,
     ) -> training.Plan:
-        images = message["epochs"] * num_images * message["share"]
-        num_reports = max(1, round(images / images_per_report))
+        num_reports = max(1, round(epochs * num_images / images_per_report))
         batch_size = hp.values.get("batch_size", self._study.batch_size)
         return training.Plan(
             num_images, images_per_report, num_reports, batch_size, message["seed"]
         )
 
-    def _space(self, total_images: int) -> Space:
-        data = self._dataset
-        images = Images(data.name, data.input_shape, data.num_classes)
-        return Space(self._study.space, images, total_images)
+    def _epochs(self, hp: ReplayedHyperParameters, message: Message) -> float:
+        """Of a comparison, those that suit the point, but never more than the run's."""
+        epochs: float = message["epochs"]
+        return min(epochs, self._space(1).epochs(hp)) if message["validated"] else epochs
+
+    def _space(self, total_images: int, images: Images | None = None) -> Space:
+        if images is None:
+            data = self._dataset
+            images = Images(data.name, data.input_shape, data.num_classes)
+        return Space(self._study.space, images, total_images, self._settings["weights"])
+
+    def _is_pretrained(self, point: dict[str, Any]) -> bool:
+        return self._space(1).is_pretrained(ReplayedHyperParameters(point, complete=True))
 
     def _complete(self, space: Space, point: dict[str, Any]) -> dict[str, Any]:
         hp = ReplayedHyperParameters(point, complete=True)
@@ -314,3 +435,12 @@ class KerasTasks:
         except ValueError as error:
             raise ValueError(f"known_points of study {self._study.name!r}: {error}") from None
         return dict(hp.values)
+
+
+def _kept_report(callbacks: list[keras.callbacks.Callback]) -> int:
+    """The report whose weights a training has left in its model: the last, or the best."""
+    for callback in callbacks:
+        is_best = getattr(callback, "restore_best_weights", False)
+        if is_best and getattr(callback, "best_weights", None) is not None:
+            return int(callback.best_epoch)
+    return -1

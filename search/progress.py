@@ -101,10 +101,11 @@ class View:
             step, of = status.get("step"), status.get("of") or self._num_reports
             value = status.get("value", status.get("accuracy"))
             speed = status.get("images_per_second")
+            report = "" if step is None else f"{step}/{of}" if of else str(step)
             table.add_row(
                 f"{slot.index} ({slot.device.label})",
                 status.get("what", "ready" if slot.ready else "starting"),
-                "" if step is None else f"{step}/{of}" if of else str(step),
+                status.get("note") or report,
                 "" if value is None else f"{value:.4f}",
                 "" if speed is None else f"{speed:,.0f}",
             )

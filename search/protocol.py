@@ -169,6 +169,12 @@ class RemoteTrial:
         """The coordinator's answer to the last report."""
         return self._prune
 
+    def progress(self, **figures: Any) -> None:
+        """Figures for the terminal only, of work that comes before the first report."""
+        self._connection.send(
+            {"type": "progress", "trial": self.number, "attempt": self.attempt, **figures}
+        )
+
     def set_user_attr(self, key: str, value: Any) -> None:
         self._ask("attribute", key=key, value=value)
 

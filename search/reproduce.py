@@ -8,15 +8,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
-from search import artifacts, catalogue, datasets, devices, export, folders, provenance, storage
+from search import (
+    artifacts,
+    catalogue,
+    datasets,
+    devices,
+    export,
+    folders,
+    provenance,
+    storage,
+    weights,
+)
 from search.engines.local import LocalEngine
 from search.errors import EXIT_DAMAGED, EXIT_USAGE, SearchError
-from search.journey import described_data, signals_to
+from search.journey import described_data, signals_to, with_weights
 from search.pool import Pool
 from search.progress import View
+from search.protocol import Message
 from search.retrain import Job, Retraining
 from search.sampling import seed_for
 from search.settings import resolve
@@ -110,8 +122,9 @@ def _train(
     reference = (
         datasets.resolve(reference, Path.cwd()) if reference else config["dataset"]["reference"]
     )
+    described = pool.wait_for_description()
     settings = dataclasses.replace(
-        resolve(pool.wait_for_description(), str(entry.file), {}),
+        resolve(described, str(entry.file), {}),
         dataset=reference,
         epochs=how["schedule_epochs"],
         images_per_report=how["images_per_report"],
@@ -119,6 +132,8 @@ def _train(
         seed=how["study_seed"],
         precision=options.get("precision") or how["precision"],
         max_attempts=options.get("max_attempts") or 3,
+        cache=str(folder.absolute() / "features"),
+        weights=_weights(config, options, described),
     )
     dataset = described_data(reference)
     if dataset["sha256"] != config["dataset"]["sha256"]:
@@ -128,6 +143,14 @@ def _train(
             reference,
             config["dataset"]["name"],
         )
+    settings, pretrained = with_weights(settings)
+    if (was := config.get("weights")) and pretrained and pretrained["sha256"] != was["sha256"]:
+        logger.warning(
+            "the config was measured with %s and not with %s: the figures are of different "
+            "questions",
+            was["label"],
+            pretrained["label"],
+        )
     pool.prepare(dataclasses.asdict(settings))
     ready = pool.wait_for_space()
     # What makes a stored model the one that is asked for, beside its seed and length.
@@ -136,6 +159,7 @@ def _train(
         "params": config["params"],
         "data": dataset["sha256"],
         "precision": ready["precision"],
+        "weights": pretrained and pretrained["sha256"],
     }
     jobs = _jobs(config, options.get("seeds"), question)
     records = folder / "training.json"
@@ -157,10 +181,12 @@ def _train(
         view=view,
         save=save,
     ).run(pool)
+    shutil.rmtree(settings.cache, ignore_errors=True)
+    run = {**ready, "dataset": dataset, "weights": pretrained}
     figures = {
         "schema": 1,
-        **export.subject(settings, {**ready, "dataset": dataset}),
-        **export.measured(jobs, dataset["class_names"], folder),
+        **export.subject(settings, run),
+        **export.measured(jobs, run, settings, folder),
         "provenance": provenance.collect(),
         "config": config,
     }
@@ -176,11 +202,21 @@ def _jobs(config: dict[str, Any], num_seeds: int | None, question: dict[str, Any
         for index in range(len(seeds), num_seeds or 0)
     ]
     length = {"epochs": how["schedule_epochs"], "share": how["share"]}
+    if how.get("validated"):
+        length["validated"] = True
     accuracy = config["validation"]["accuracy"]
     return [
         Job(trial, index, seed, config["params"], accuracy, 1.0, {**length, **question})
         for index, seed in enumerate(seeds)
     ]
+
+
+def _weights(config: dict[str, Any], options: dict[str, Any], described: Message) -> str | None:
+    """The pretrained ones: those given, else the config's, else the study's."""
+    if given := options.get("weights"):
+        return weights.resolve(given, Path.cwd())
+    stored = (config.get("weights") or {}).get("reference")
+    return stored or described["weights"]
 
 
 def _check(value: Any, rule: Any, path: Path, name: str) -> None:

@@ -7,6 +7,7 @@ interrupted goes on with the ones that are missing.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ logger = logging.getLogger("search")
 
 # A worker with more threads costs a start of some ten seconds: only worth it for longer work.
 WORTH_A_START = 60  # seconds of training
+# What a worker tells of a training that is stored as it is.
+_FOUND = ("parameters", "flops", "history", "kept_epochs", "train", "validation")
 
 
 @dataclass
@@ -127,13 +130,23 @@ class Retraining:
         Raises:
             SearchError: if a job fails, or keeps losing its worker.
         """
+        self.train(pool)
+        self.measure(pool)
+
+    def train(self, pool: Pool) -> None:
         untrained = self._untrained()
-        self._view.begin("retraining", len(untrained))
+        self._view.begin("training", len(untrained))
         if untrained:
-            logger.info("retraining %s", ", ".join(job.stem for job in untrained))
-        for wave in _waves(untrained, len(pool.slots)):
-            self._widen(pool, wave)
-            self._do(pool, wave, self._training, self._trained)
+            logger.info("training %s", ", ".join(job.stem for job in untrained))
+        # The last jobs may be fewer than the slots.
+        num_last = len(untrained) % len(pool.slots)
+        first, last = untrained[: len(untrained) - num_last], untrained[len(untrained) - num_last :]
+        self._do(pool, first, self._training, self._trained)
+        if last:
+            self._widen(pool, last)
+            self._do(pool, last, self._training, self._trained)
+
+    def measure(self, pool: Pool) -> None:
         unmeasured = self._unmeasured()
         self._view.begin("measuring on the test set", len(unmeasured))
         self._do(pool, unmeasured, self._evaluation, self._measured)
@@ -219,7 +232,8 @@ class Retraining:
                 raise SearchError(
                     f"{job.stem} failed: {message['reason']}", detail=message.get("traceback", "")
                 )
-            store(job, message)
+            assert event.task is not None
+            store(job, {**message, "seconds": time.monotonic() - event.task.started})
             self._save(job)
             self._view.finished("complete", job.trial, None)
 
@@ -230,6 +244,7 @@ class Retraining:
             "seed": job.seed,
             "epochs": job.record["epochs"],
             "share": job.record["share"],
+            "validated": job.record.get("validated", False),
             "path": str(self._folder / "models" / f"{job.stem}.keras"),
         }
 
@@ -244,11 +259,12 @@ class Retraining:
             "model": f"models/{job.stem}.keras",
             "model_sha256": message["sha256"],
             "seed": job.seed,
+            "start": time.time() - message["seconds"],
+            "seconds": message["seconds"],
             "trained_epochs": message["epochs"],
-            "parameters": message["parameters"],
-            "history": message["history"],
+            **{name: message[name] for name in _FOUND},
         }
-        logger.info("%s retrained for %.1f epochs", job.stem, message["epochs"])
+        logger.info("%s trained for %.1f epochs", job.stem, message["epochs"])
 
     def _evaluation(self, job: Job) -> Message:
         return {
@@ -266,8 +282,11 @@ class Retraining:
         logger.info("%s measured on the test set", job.stem)
 
 
-def _length(trial: FrozenTrial, settings: Settings, num_reports: int) -> dict[str, float]:
-    """How long to train: the schedule's length in epochs, and the share of it that is trained."""
+def _length(trial: FrozenTrial, settings: Settings, num_reports: int) -> dict[str, Any]:
+    """How to train: the schedule's length in epochs, the share of it that is trained, and whether
+    the validation part is left to watch it."""
+    if settings.kind == "comparison":
+        return {"epochs": settings.epochs, "share": 1.0, "validated": True}
     if settings.final_epochs is not None:
         return {"epochs": settings.final_epochs, "share": 1.0}
     if not trial.intermediate_values:  # a fit of the user's that has reported nothing
@@ -275,13 +294,9 @@ def _length(trial: FrozenTrial, settings: Settings, num_reports: int) -> dict[st
     return {"epochs": settings.epochs, "share": results.best_step(trial) / num_reports}
 
 
-def _waves(jobs: list[Job], size: int) -> list[list[Job]]:
-    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
-
-
 def _show(slot: Slot, message: Message) -> None:
-    slot.status |= {
+    slot.status |= {"note": ""} | {
         name: message[name]
-        for name in ("step", "of", "accuracy", "images_per_second")
+        for name in ("note", "step", "of", "accuracy", "images_per_second")
         if name in message
     }

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search import datasets
+from search import datasets, weights
 from search.errors import EXIT_USAGE, SearchError
 from search.protocol import Message
 
 # Another value of one of these is another question: a study keeps the one it began with.
 FIXED = ("dataset", "epochs", "images_per_report", "batch_size", "seed", "kind")
+# Options without a meaning where named points are trained as they are.
+NOT_OF_A_COMPARISON = ("trials", "time_budget", "sampler", "pruner", "top", "final_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class Settings:
 
     name: str
     file: str  # of the study
-    kind: str  # "space" or "objective"
+    kind: str  # "space", "objective" or "comparison"
     dataset: str  # a name, or the absolute path of a file or folder
     epochs: float
     final_epochs: float | None
@@ -32,6 +34,11 @@ class Settings:
     pruner: str
     first_rung: int
     reduction_factor: int
+    weights: str | None = None  # pretrained: a name, or the absolute path of a file
+    max_parameters: int | None = None
+    max_flops: int | None = None
+    cache_size: int = 8_000_000_000  # bytes, of frozen parts' activations; 0 for none
+    cache: str = ""  # the folder they are kept in
     seed: int = 0
     max_attempts: int = 3
     precision: str = "auto"
@@ -48,15 +55,38 @@ class Settings:
 def resolve(described: Message, file: str, options: dict[str, Any]) -> Settings:
     """Options (those given) over what the study says of itself.
 
-    A data set's relative path is relative to the study's file, or to this process's folder.
+    A relative path is relative to the study's file, or to this process's folder.
+
+    Raises:
+        SearchError: if an option is of no use to this kind of study.
     """
     known = {field.name for field in dataclasses.fields(Settings)}
     own = {name: value for name, value in described.items() if name in known}
     given = {name: value for name, value in options.items() if name in known and value is not None}
-    own["dataset"] = datasets.resolve(own["dataset"], Path(file).parent)
-    if "dataset" in given:
-        given["dataset"] = datasets.resolve(given["dataset"], Path.cwd())
+    for name, resolved in (("dataset", datasets.resolve), ("weights", weights.resolve)):
+        if own.get(name):
+            own[name] = resolved(own[name], Path(file).parent)
+        if name in given:
+            given[name] = resolved(given[name], Path.cwd())
+    _refuse_useless(own, given)
     return Settings(**{**own, "file": file, **given})
+
+
+def _refuse_useless(own: dict[str, Any], given: dict[str, Any]) -> None:
+    useless = [name for name in NOT_OF_A_COMPARISON if name in given]
+    if own["kind"] == "comparison" and useless:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+        raise SearchError(
+            f"study {own['name']!r} compares {own['trials']} named points and searches nothing: "
+            f"{options} can't apply. Leave it out; --seeds and --epochs apply",
+            exit_code=EXIT_USAGE,
+        )
+    if "weights" in given and not own.get("weights"):
+        raise SearchError(
+            f"study {own['name']!r} begins from no pretrained weights, so --weights can't apply. "
+            "Leave it out, or set Study(weights=...) for a space that takes them",
+            exit_code=EXIT_USAGE,
+        )
 
 
 def refuse_differences(stored: dict[str, Any], now: dict[str, Any], study: str, out: str) -> None:

@@ -19,6 +19,7 @@ from search import backend
 from search.protocol import RemoteTrial
 
 MONITOR = "val_accuracy"
+Data = tuple[backend.Rows | np.ndarray, np.ndarray]  # inputs and labels
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,17 @@ class Plan:
 
 def train(
     model: keras.Model,
-    train_data: tuple[np.ndarray, np.ndarray],
+    train_data: Data,
     plan: Plan,
     *,
-    validation_data: tuple[np.ndarray, np.ndarray] | None,
+    validation_data: Data | None,
     callbacks: Sequence[keras.callbacks.Callback],
 ) -> dict[str, list[float]]:
     """Train a compiled model.
 
     Args:
-        train_data: (n, height, width, channels) uint8 and (n,) class numbers.
+        train_data: what the model reads (images as (n, height, width, channels) uint8, or
+            activations of a frozen part), and (n,) class numbers.
         validation_data: the same, measured at each report; None for none.
         callbacks: patience and cooldown in epochs; converted to reports here.
 
@@ -89,10 +91,15 @@ def train(
     return {name: [float(v) for v in values] for name, values in history.history.items()}
 
 
-def accuracy(model: keras.Model, data: tuple[np.ndarray, np.ndarray]) -> float:
-    """Fraction of images that the model classifies as labelled."""
+def measured(model: keras.Model, data: Data) -> dict[str, float]:
+    """Loss, accuracy (the fraction classified as labelled), and what else it was compiled with."""
     figures = model.evaluate(_validation(model, data), verbose=0, return_dict=True)
-    return float(figures[MONITOR.removeprefix("val_")])
+    return {name: float(figure) for name, figure in figures.items()}
+
+
+def accuracy(model: keras.Model, data: Data) -> float:
+    """Fraction of images that the model classifies as labelled."""
+    return measured(model, data)[MONITOR.removeprefix("val_")]
 
 
 def as_loss_wants(model: keras.Model, y: np.ndarray) -> np.ndarray:
@@ -228,7 +235,7 @@ def _learning_rate(model: keras.Model) -> dict[str, float]:
     return {} if rate is None else {"learning_rate": float(keras.ops.convert_to_numpy(rate))}
 
 
-def _validation(model: keras.Model, data: tuple[np.ndarray, np.ndarray] | None) -> Any:
+def _validation(model: keras.Model, data: Data | None) -> Any:
     if data is None:
         return None
     return backend.validation_batches(data[0], as_loss_wants(model, data[1]))

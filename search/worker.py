@@ -69,7 +69,7 @@ class FunctionTasks:
     def describe(self) -> Message:
         points = list(self._study.known_points)
         counts = ("num_reports", "images_per_report", "images_per_epoch", "num_images")
-        nothing = {"space": [], "precision": "", **dict.fromkeys(counts, 0)}
+        nothing = {"space": [], "precision": "", "pretrained": [], **dict.fromkeys(counts, 0)}
         return {**nothing, "known_points": points}
 
     def trial(self, trial: RemoteTrial, message: Message) -> Message:
@@ -111,6 +111,9 @@ def _describe(study: Study) -> Message:
     fields = {field.name: getattr(study, field.name) for field in dataclasses.fields(study)}
     for name in ("space", "objective", "known_points"):
         del fields[name]
+    fields["published"] = [dict(figures) for figures in study.published]
+    if study.compare:
+        return {**fields, "kind": "comparison", "trials": len(study.known_points)}
     return {**fields, "kind": "objective" if study.objective else "space"}
 
 

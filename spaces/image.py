@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import keras
@@ -48,6 +48,8 @@ class Training:
     learning_rate: float
     weight_decay: float | None = None
     momentum: float | None = None
+    # Learning rate of a layer over that of the others, by the layer's name.
+    layer_rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ class ImageSpace(keras_tuner.HyperModel, ABC):
                 rate,
                 weight_decay=training.weight_decay,
                 momentum=training.momentum,
+                layer_rates=training.layer_rates,
             ),
             loss=keras.losses.CategoricalCrossentropy(label_smoothing=training.label_smoothing),
             metrics=["accuracy"],
@@ -176,16 +179,24 @@ class ImageSpace(keras_tuner.HyperModel, ABC):
             )
         ]
 
+    def before_saving(self, model: keras.Model) -> None:
+        optimizers.make_plain(model)
+
     def _training(self, reader: Reader) -> Training:
         return Training(
-            flip=reader.switch("flip"),
-            shift=reader.whole("shift", 0, self.max_shift),
-            erasing=reader.fraction("erasing", self.max_erasing),
+            **self._augmentation(reader),
             label_smoothing=reader.fraction("label_smoothing", self.max_label_smoothing),
             batch_size=reader.choice("batch_size", self.batch_sizes),
             schedule=reader.choice("schedule", self.schedules),
             **self._optimizer(reader),
         )
+
+    def _augmentation(self, reader: Reader) -> dict[str, Any]:
+        return {
+            "flip": reader.switch("flip"),
+            "shift": reader.whole("shift", 0, self.max_shift),
+            "erasing": reader.fraction("erasing", self.max_erasing),
+        }
 
     def _optimizer(self, reader: Reader) -> dict[str, Any]:
         """One call at any point registers the settings of the optimizers not chosen too, in their

@@ -18,7 +18,8 @@ from spaces.cnn import CNN
 from studies.study import Study
 
 # Published networks, as points of the space: what they do not say is off, or Keras's default (Adam
-# at 1e-3, which is the space's default as well).
+# at 1e-3, which is the space's default as well). studies/baselines.py says what was chosen where a
+# publication is silent, and trains each as it was published.
 PUBLISHED = {
     "convs_per_block": 1,
     "dense_units": 128,
@@ -42,10 +43,22 @@ DROPOUT_CNN = PUBLISHED | {
     "conv_dropout": 0.25,
     "dense_dropout": 0.5,
 }
-# Not published to the last layer: "several convolutions, each with batch normalisation, max
-# pooling and dropout".
 BATCHNORM_CNN = PUBLISHED | {"conv_dropout": 0.25, "dense_dropout": 0.5}
-PLATEAU_CNN = BATCHNORM_CNN | {"schedule": "plateau"}
+BASIC_CNN = PUBLISHED | {
+    "num_blocks": 2,
+    "batch_norm": False,
+    "conv_dropout": 0.0,
+    "dense_dropout": 0.0,
+}
+SHALLOW_CNN = BASIC_CNN | {"dense_dropout": 0.5}
+ADVANCED_CNN = BATCHNORM_CNN | {"convs_per_block": 2, "dense_units": 256}
+OPTIMUM_CNN = ADVANCED_CNN | {"conv_dropout": 0.1, "dense_dropout": 0.3, "schedule": "cosine"}
+PLATEAU_CNN = ADVANCED_CNN | {"dense_units": 128, "schedule": "plateau"}
+DEEP_CNN = PLATEAU_CNN | {"batch_norm": False, "schedule": "constant"}
+BASELINES = (
+    *(OVERFIT_CNN, REGULARISED_CNN, DROPOUT_CNN, BASIC_CNN, ADVANCED_CNN, OPTIMUM_CNN),
+    *(SHALLOW_CNN, DEEP_CNN, PLATEAU_CNN, BATCHNORM_CNN),
+)
 
 
 class FashionCNN(CNN):
@@ -62,5 +75,5 @@ study = Study(
     epochs=5,
     final_epochs=10,
     reduction_factor=4,
-    known_points=({}, DROPOUT_CNN, BATCHNORM_CNN),
+    known_points=({}, *BASELINES),
 )

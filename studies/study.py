@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,9 @@ class Study:
 
     name: str
     # A HyperModel (class or instance) or a function build(hp). A class is called with those of
-    # input_shape, num_classes (or classes) and total_images (images seen in a whole training) that
-    # it takes. Or text that says where it is: "file.py:name", relative to the study's own file, or
-    # "module:name".
+    # input_shape, num_classes (or classes), total_images (images seen in a whole training) and
+    # weights (the file, or "none") that it takes. Or text that says where it is: "file.py:name",
+    # relative to the study's own file, or "module:name".
     space: Any = None
     # Instead of a space: a function of an Optuna trial that returns the value to maximise. A trial
     # that reports a value too far behind ends there, whether or not it asks `should_prune`.
@@ -50,6 +50,18 @@ class Study:
     reduction_factor: int = 3  # one trial in so many passes a rung
     # Tried first and never pruned; the space's defaults fill what a point leaves out.
     known_points: tuple[dict[str, Any], ...] = ()
+    # Nothing is searched: each known point is trained on the training part, over several seeds,
+    # with the validation part watched at each report, and measured on the test set.
+    compare: bool = False
+    # Of a comparison, for each known point: what was published of it, fractions and nats by names
+    # such as train_accuracy, val_loss, test_f1; empty where nothing was.
+    published: tuple[Mapping[str, float], ...] = ()
+    # Pretrained ones, for a space that takes them: "imagenet", "none" for random ones, or a file,
+    # relative to the study's own.
+    weights: str | None = None
+    # Points with more are refused before they cost anything.
+    max_parameters: int | None = None
+    max_flops: int | None = None  # of one image through the model
 
     def __post_init__(self) -> None:
         if not NAME_RULE.fullmatch(self.name):
@@ -69,6 +81,20 @@ class Study:
         for field in ("trials", "images_per_report", "batch_size", "first_rung"):
             if not isinstance(value := getattr(self, field), int) or value < 1:
                 raise ValueError(f"{field} is a whole number of at least 1. Received: {value!r}")
+        for field in ("max_parameters", "max_flops"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field} is a whole number of at least 1. Received: {value!r}")
+        if self.compare and (self.space is None or not self.known_points):
+            raise ValueError(
+                "A study that compares has a space and known_points. "
+                f"Received: space={self.space!r}, known_points={self.known_points!r}"
+            )
+        if len(self.published) not in (0, len(self.known_points)):
+            raise ValueError(
+                "published has an entry for each of the known_points. "
+                f"Received: {len(self.published)} for {len(self.known_points)}"
+            )
         if self.reduction_factor < 2:
             raise ValueError(f"reduction_factor is at least 2. Received: {self.reduction_factor!r}")
         for field in ("epochs", "final_epochs"):

@@ -1,0 +1,47 @@
+"""How deep is ImageNet's VGG16 to be trained for Fashion-MNIST?
+
+Goal:
+    The VGG16 with the highest validation accuracy after 6 epochs, found by trials of at most 3.
+Scientific:
+    How many of its blocks are trained, the size of its input, what turns the last map into a
+    vector, the head's dense layers, their units and batch normalisation.
+Nuisance:
+    Optimizer, the head's learning rate and its ratio to that of the unfrozen blocks, schedule,
+    weight decay, batch size, dropout, label smoothing and, where nothing is frozen, augmentation:
+    the best of these differ from one depth to the next.
+Fixed:
+    Data and its split, images in a training, VGG16's layers, their first weights and its own
+    preparation of images.
+"""
+
+from spaces.vgg16 import VGG16
+from studies.study import Study
+
+# "Images to 32x32x3, VGG16 without top, custom dense layers, early stopping." Left open: how many
+# dense layers of which width, whether VGG16 itself was trained (here, as in the usual recipe, not),
+# which of its preparations the images got, optimizer and learning rate (here Adam at Keras's
+# default), dropout, batch size, and how long it was trained.
+VGG16_TRANSFER = {
+    "num_unfrozen_blocks": 0,
+    "head_batch_norm": False,
+    "dropout": 0.0,
+    "optimizer": "adam",
+    "schedule": "constant",
+}
+
+
+class FashionVGG16(VGG16):
+    """Without SGD, one choice less for thirty trials."""
+
+    learning_rates = {name: VGG16.learning_rates[name] for name in ("adam", "adamw")}  # noqa: RUF012
+
+
+study = Study(
+    name="vgg16",
+    space=FashionVGG16,
+    trials=30,
+    epochs=3,
+    final_epochs=6,
+    reduction_factor=4,
+    known_points=({}, VGG16_TRANSFER),
+)
