@@ -27,8 +27,8 @@ def jobs_of(study: optuna.Study, settings: Settings) -> list[Job]:
     ranked = [trial.number for trial in results.winners(study, None)]
     order = ranked if len(ranked) == len(points) else range(len(points))
     jobs = []
-    for number in order:
-        for index in range(settings.seeds):
+    for index in range(settings.seeds):  # a first figure of every point before a second of any
+        for number in order:
             job = Job(
                 number,
                 index,

@@ -2,7 +2,7 @@
 
     store = FeatureStore(folder, max_bytes=8_000_000_000)
     with store.open(parts, images, data=content_hash, tell=show) as activations:
-        rows = features.Rows(activations, positions)  # what parts.rest is trained on
+        rows = backend.Rows(activations, positions)  # what parts.rest is trained on
 
     KEY-float16/   features.npy, sample.npy, meta.json: whole, and never written again
     KEY.partial/   the same on the way; its meta.json says which chunks are on disk

@@ -8,7 +8,8 @@ Nuisance:
     None is tuned: each is as published, and the seed varies.
 Fixed:
     50 000 images to train on and 10 000 to watch, batches of 128, Adam at 1e-3 unless a schedule is
-    published, scaled pixels, no augmentation, one measurement of the test set for each seed.
+    published, padding "valid", pixels from 0 to 1, no augmentation, one measurement of the test
+    set for each seed.
 
 Where a publication is silent, which all are on batch size and most on epochs and early stopping's
 patience, the choice is:
@@ -16,17 +17,17 @@ patience, the choice is:
 overfit-cnn, regularised-cnn   no number of epochs is published for the first; its training accuracy
                     of 92.46 % is that of few. Dropout rates: 0.25 after convolutions, 0.5 after the
                     dense layer, as dropout-cnn's are published. The optional augmentation is off.
-basic-cnn           "a few convolutional and dense layers": 2 blocks of one convolution (32 and 64
-                    filters), a dense layer of 128.
-advanced-cnn        "more convolutional layers, batch normalisation, dropout": 3 blocks of two
-                    convolutions (32, 64, 128), dropout 0.25 and 0.5, a dense layer of 256.
+basic-cnn           "a few convolutional and dense layers": two convolutions (32 and 64 filters, 3x3),
+                    each with max pooling, and a dense layer of 128.
+advanced-cnn        "more convolutional layers, batch normalisation, dropout": 2 blocks of two
+                    convolutions (32, 64), dropout 0.25 and 0.5, a dense layer of 128.
 optimum-cnn         "as advanced, tuned; learning-rate schedule": a cosine, dropout 0.1 and 0.3.
 mlp                 "two hidden dense layers": of 128.
 shallow-cnn         "two convolutions, one dropout": as basic-cnn, with dropout 0.5 before the end.
-deep-cnn            "three convolutional blocks": of two convolutions each, dropout 0.25 and 0.5.
-plateau-cnn         "dropout, batch normalisation, reduction on plateau": as deep-cnn, with both.
+deep-cnn            "three convolutional blocks": of one convolution each (32, 64, 128 filters).
+plateau-cnn         "dropout, batch normalisation, reduction on plateau": as batchnorm-cnn, with it.
 batchnorm-cnn       "several convolutions, each with batch normalisation, max pooling and dropout":
-                    3 blocks of one convolution (32, 64, 128), a dense layer of 128.
+                    three, as in deep-cnn, dropout 0.25 and 0.5.
 vgg16-transfer      in studies/vgg16.py.
 
 "Up to 50 epochs" and "early stopping" mean here: until validation loss has not fallen for 3 epochs,

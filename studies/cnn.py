@@ -17,44 +17,31 @@ Fixed:
 from spaces.cnn import CNN
 from studies.study import Study
 
-# Published networks, as points of the space: what they do not say is off, or Keras's default (Adam
-# at 1e-3, which is the space's default as well). studies/baselines.py says what was chosen where a
-# publication is silent, and trains each as it was published.
-PUBLISHED = {
+# Published networks, as points of the space: what they do not say is off, or Keras's default
+# (padding "valid", Adam at 1e-3). studies/baselines.py says what was chosen where a publication is
+# silent, and trains each as it was published.
+BASIC_CNN = {
+    "num_blocks": 2,
     "convs_per_block": 1,
+    "padding": "valid",
+    "batch_norm": False,
+    "conv_dropout": 0.0,
     "dense_units": 128,
+    "dense_dropout": 0.0,
     "flip": False,
     "shift": 0,
     "optimizer": "adam",
     "schedule": "constant",
 }
-OVERFIT_CNN = PUBLISHED | {
-    "padding": "valid",
-    "last_block_pools": False,
-    "batch_norm": False,
-    "conv_dropout": 0.0,
-    "dense_dropout": 0.0,
-}
+OVERFIT_CNN = BASIC_CNN | {"num_blocks": 3, "last_block_pools": False}
 REGULARISED_CNN = OVERFIT_CNN | {"conv_dropout": 0.25, "dense_dropout": 0.5}
-DROPOUT_CNN = PUBLISHED | {
-    "padding": "valid",
-    "num_blocks": 2,
-    "batch_norm": False,
-    "conv_dropout": 0.25,
-    "dense_dropout": 0.5,
-}
-BATCHNORM_CNN = PUBLISHED | {"conv_dropout": 0.25, "dense_dropout": 0.5}
-BASIC_CNN = PUBLISHED | {
-    "num_blocks": 2,
-    "batch_norm": False,
-    "conv_dropout": 0.0,
-    "dense_dropout": 0.0,
-}
+DROPOUT_CNN = BASIC_CNN | {"conv_dropout": 0.25, "dense_dropout": 0.5}
 SHALLOW_CNN = BASIC_CNN | {"dense_dropout": 0.5}
-ADVANCED_CNN = BATCHNORM_CNN | {"convs_per_block": 2, "dense_units": 256}
+DEEP_CNN = BASIC_CNN | {"num_blocks": 3}
+BATCHNORM_CNN = DEEP_CNN | {"batch_norm": True, "conv_dropout": 0.25, "dense_dropout": 0.5}
+PLATEAU_CNN = BATCHNORM_CNN | {"schedule": "plateau"}
+ADVANCED_CNN = DROPOUT_CNN | {"convs_per_block": 2, "batch_norm": True}
 OPTIMUM_CNN = ADVANCED_CNN | {"conv_dropout": 0.1, "dense_dropout": 0.3, "schedule": "cosine"}
-PLATEAU_CNN = ADVANCED_CNN | {"dense_units": 128, "schedule": "plateau"}
-DEEP_CNN = PLATEAU_CNN | {"batch_norm": False, "schedule": "constant"}
 BASELINES = (
     *(OVERFIT_CNN, REGULARISED_CNN, DROPOUT_CNN, BASIC_CNN, ADVANCED_CNN, OPTIMUM_CNN),
     *(SHALLOW_CNN, DEEP_CNN, PLATEAU_CNN, BATCHNORM_CNN),

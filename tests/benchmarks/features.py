@@ -93,14 +93,14 @@ def measure(unfrozen, num_images, repeats, few_positions):
         began = time.perf_counter(), time.process_time()
         with FeatureStore(Path(folder), 8_000_000_000).open(parts, x, data="random") as stored:
             computing = time.perf_counter() - began[0], time.process_time() - began[1]
-            rows = features.Rows(stored, np.arange(num_images))
+            rows = backend.Rows(stored, np.arange(num_images))
 
             def on_images(num_epochs, steps=steps):
                 batches = backend.training_batches(x, y, order(num_images, num_epochs), BATCH)
                 return epochs(model, batches, num_epochs, steps)
 
             def on_activations(num_epochs):
-                batches = features.training_batches(rows, y, order(num_images, num_epochs), BATCH)
+                batches = backend.training_batches(rows, y, order(num_images, num_epochs), BATCH)
                 return epochs(parts.rest, batches, num_epochs, steps)
 
             on_images(1, steps=2)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from search import feature_store, features
+from search import backend, feature_store, features
 from search.errors import SearchError
 from search.feature_store import FeatureStore
 
@@ -154,12 +154,12 @@ def test_activations_are_computed_once(tmp_path):
 def test_they_are_mapped_and_can_be_trained_on(tmp_path):
     parts = built()
     with FeatureStore(tmp_path, LARGE).open(parts, images(), data="d") as array:
-        rows = features.Rows(array, np.arange(100, 1_124))
+        rows = backend.Rows(array, np.arange(100, 1_124))
         order = np.arange(1_024, dtype=np.int32)
         y = np.arange(1_024) % 3
-        batches = features.training_batches(rows, y, order, 128)
+        batches = backend.training_batches(rows, y, order, 128)
         told = parts.rest.fit(batches, steps_per_epoch=8, shuffle=False, verbose=0)
-        assert parts.rest.evaluate(features.validation_batches(rows, y), verbose=0)[1] > 0
+        assert parts.rest.evaluate(backend.validation_batches(rows, y), verbose=0)[1] > 0
     assert told.history["loss"]
     assert array.ctypes.data % features._ALIGNMENT == 0
 

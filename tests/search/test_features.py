@@ -4,7 +4,7 @@ import pytest
 from keras import layers
 
 from search import backend, features
-from search.features import Rows
+from search.backend import Rows
 
 SIZE = 8  # of the images
 
@@ -294,12 +294,8 @@ def fit(model, x, epochs, validate=False):
     """The same batches of images or of activations; `fit` on arrays returns late."""
     positions = np.arange(40)
     order = np.tile(positions, epochs).astype(np.int32)
-    if x.dtype == np.uint8:
-        batches = backend.training_batches(x, labels(), order, 8)
-        validation = backend.validation_batches(x[:10], labels(10))
-    else:
-        batches = features.training_batches(Rows(x, positions), labels(), order, 8)
-        validation = features.validation_batches(Rows(x, positions[:10]), labels(10))
+    batches = backend.training_batches(Rows(x, positions), labels(), order, 8)
+    validation = backend.validation_batches(Rows(x, positions[:10]), labels(10))
     options = {"steps_per_epoch": 5, "shuffle": False, "verbose": 0}
     if validate:
         options["validation_data"] = validation
@@ -500,7 +496,7 @@ def test_training_batches_are_rows_in_order(tmp_path, dtype):
     array, some = rows(tmp_path, dtype=dtype)
     y = np.arange(1_100) % 7
     order = np.random.default_rng(1).permutation(1_100)[:1_024].astype(np.int32)
-    got = list(features.training_batches(some, y, order, 128))
+    got = list(backend.training_batches(some, y, order, 128))
     assert len(got) == 8
     for (x, labels), chosen in zip(got, order.reshape(-1, 128), strict=True):
         np.testing.assert_array_equal(x, array[some.positions[chosen]])
@@ -511,7 +507,7 @@ def test_training_batches_are_rows_in_order(tmp_path, dtype):
 def test_validation_batches_are_all_rows_each_time(tmp_path):
     array, some = rows(tmp_path)
     y = np.eye(3)[np.arange(1_100) % 3]
-    batches = features.validation_batches(some, y)
+    batches = backend.validation_batches(some, y)
     for _ in range(2):
         got = [batches[i] for i in range(len(batches))] if hasattr(batches, "_y") else batches
         x, labels = (np.concatenate(part) for part in zip(*got, strict=True))
@@ -523,5 +519,5 @@ def test_an_array_that_tensorflow_cannot_share(tmp_path):
     array, _ = rows(tmp_path)
     askew = np.frombuffer(b"\0\0" + array.tobytes(), np.float16, offset=2).reshape(array.shape)
     order = np.arange(8, dtype=np.int32)
-    ((x, _),) = features.training_batches(Rows(askew, order), order, order, 8)
+    ((x, _),) = backend.training_batches(Rows(askew, order), order, order, 8)
     np.testing.assert_array_equal(x, array[:8])

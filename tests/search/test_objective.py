@@ -270,7 +270,12 @@ def test_search_and_retraining_never_read_the_test_set(made_up_data, monkeypatch
 def winner(folder, params, **changed):
     message = {"type": "start", "task": "retrain", "trial": 3, "attempt": 1, "seed": 9}
     length = {"epochs": 2, "share": 0.5}
-    return message | length | {"params": params, "path": str(folder / "winner.keras")} | changed
+    return (
+        message
+        | length
+        | {"validated": False, "params": params, "path": str(folder / "winner.keras")}
+        | changed
+    )
 
 
 def test_a_retrained_winner_is_saved_whole(tmp_path):

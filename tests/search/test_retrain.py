@@ -82,7 +82,11 @@ def worker(folder, pool):
             "sha256": artifacts.sha256(path),
             "history": {"loss": [1.0]},
             "parameters": 7,
+            "flops": 9,
             "epochs": 3.0,
+            "kept_epochs": 3.0,
+            "train": {},
+            "validation": {},
         }
 
     return script
