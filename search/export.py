@@ -92,8 +92,8 @@ def subject(settings: Settings, run: dict[str, Any]) -> dict[str, Any]:
 def measured(
     jobs: list[Job], run: dict[str, Any], settings: Settings, folder: Path
 ) -> dict[str, Any]:
-    """The winners' figures and those of their ensemble; `run` has dataset, weights, pretrained and,
-    of a comparison, described.
+    """The winners' figures and those of their ensemble; `run` has dataset, weights, pretrained and
+    described.
 
     Raises:
         SearchError: if every retraining diverged.
@@ -247,7 +247,7 @@ def _origin(job: Job, run: dict[str, Any], settings: Settings) -> dict[str, Any]
     weights = run["weights"]
     begins = weights and (settings.kind != "comparison" or run["pretrained"][job.trial])
     label = weights["label"] if begins else None
-    described = run.get("described", {})
+    described = run["described"]
     is_same_data = run["dataset"]["name"] == described.get("dataset")
     figures = {}
     if settings.kind == "comparison" and described["published"] and is_same_data:

@@ -128,6 +128,8 @@ def _print_winners(figures: dict[str, Any]) -> None:
     table.add_row("seeds", *(str(len(winner["seeds"])) for winner in winners))
     table.add_row("epochs", *(f"{winner['epochs']:g}" for winner in winners))
     table.add_row("parameters", *(f"{winner['parameters']:,}" for winner in winners))
+    if any(winner["weights"] for winner in winners):
+        table.add_row("begun from", *(winner["weights"] or "" for winner in winners))
     _console.print(table)
     if ensemble := figures["ensemble"]:
         _console.print(

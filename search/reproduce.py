@@ -182,7 +182,7 @@ def _train(
         save=save,
     ).run(pool)
     shutil.rmtree(settings.cache, ignore_errors=True)
-    run = {**ready, "dataset": dataset, "weights": pretrained}
+    run = {**ready, "described": described, "dataset": dataset, "weights": pretrained}
     figures = {
         "schema": 1,
         **export.subject(settings, run),

@@ -137,7 +137,8 @@ class Retraining:
         untrained = self._untrained()
         self._view.begin("training", len(untrained))
         if untrained:
-            logger.info("training %s", ", ".join(job.stem for job in untrained))
+            names = [job.stem for job in untrained]
+            logger.info("training %s", ", ".join(names[:6]) + ", ..." * (len(names) > 6))
         # The last jobs may be fewer than the slots.
         num_last = len(untrained) % len(pool.slots)
         first, last = untrained[: len(untrained) - num_last], untrained[len(untrained) - num_last :]

@@ -17,7 +17,7 @@ patience, the choice is:
 overfit-cnn, regularised-cnn   no number of epochs is published for the first; its training accuracy
                     of 92.46 % is that of few. Dropout rates: 0.25 after convolutions, 0.5 after the
                     dense layer, as dropout-cnn's are published. The optional augmentation is off.
-basic-cnn           "a few convolutional and dense layers": two convolutions (32 and 64 filters, 3x3),
+basic-cnn           "a few convolutional and dense layers": two convolutions (32 and 64 filters),
                     each with max pooling, and a dense layer of 128.
 advanced-cnn        "more convolutional layers, batch normalisation, dropout": 2 blocks of two
                     convolutions (32, 64), dropout 0.25 and 0.5, a dense layer of 128.

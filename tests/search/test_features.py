@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from search import backend, features
+from search import backend, features, quick_conv2d
 from search.backend import Rows
 
 SIZE = 8  # of the images
@@ -376,7 +376,7 @@ def test_a_quick_convolution_is_a_convolution(positions, kernel, bias):
     )
     x = np.random.default_rng(0).standard_normal((2, *positions, 5)).astype(np.float32)
     expected = layer(x)
-    assert_near(features.QuickConv2D(layer)(x), expected)
+    assert_near(quick_conv2d.QuickConv2D(layer)(x), expected)
 
 
 def test_only_convolutions_that_are_understood_become_quick():
@@ -392,7 +392,7 @@ def test_only_convolutions_that_are_understood_become_quick():
         layers.Conv2D(4, 1, dtype="bfloat16", padding="same"),
         layers.Conv2D(4, 1, padding="same", name="plain"),
     )
-    quick = [x.name for x in cut(model).rest.layers if isinstance(x, features.QuickConv2D)]
+    quick = [x.name for x in cut(model).rest.layers if isinstance(x, quick_conv2d.QuickConv2D)]
     assert quick == ["plain"]
 
 

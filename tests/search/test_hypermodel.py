@@ -1,5 +1,7 @@
 """Spaces of any origin: what is added, what is refused, how a `fit` of their own is called."""
 
+import math
+
 import keras
 import keras_tuner
 import numpy as np
@@ -218,3 +220,50 @@ def test_a_fit_that_tunes_epochs_is_not_given_any():
     made = space.fit(None, model, (x, y), validation_data=(x, y), epochs=5, callbacks=[])
     assert len(made.history["val_accuracy"]) == 2
     keras.config.enable_interactive_logging()
+
+
+class FromWeights:
+    def __init__(self, input_shape, weights="imagenet"):
+        FromWeights.weights = weights
+
+    def build(self, hp):
+        return dense(shape=(8, 8, 1))
+
+
+class SometimesFromWeights(FromWeights):
+    def is_pretrained(self, hp):
+        return hp.Boolean("pretrained")
+
+    def epochs(self, hp):
+        return 7
+
+
+@pytest.mark.parametrize(
+    ("space", "weights", "got", "pretrained", "epochs"),
+    [
+        (FromWeights, None, "imagenet", False, math.inf),
+        (FromWeights, "none", "none", True, math.inf),
+        (SometimesFromWeights, "w.h5", "w.h5", False, 7),
+    ],
+)
+def test_weights_and_epochs_of_a_space_that_knows_of_them(space, weights, got, pretrained, epochs):
+    made = Space(space, DIGITS, 100, weights)
+    assert FromWeights.weights == got
+    assert made.is_pretrained(keras_tuner.HyperParameters()) is pretrained
+    assert made.epochs(keras_tuner.HyperParameters()) == epochs
+
+
+def test_a_space_without_weights_begins_from_none():
+    made = Space(lambda hp: dense(shape=(8, 8, 1)), DIGITS, 100, "none")
+    assert made.is_pretrained(keras_tuner.HyperParameters()) is False
+    assert made.epochs(keras_tuner.HyperParameters()) == math.inf
+
+
+def test_what_is_done_before_saving_is_the_space_s_own():
+    class Marked(FromWeights):
+        def before_saving(self, model):
+            model.name = "marked"
+
+    model = dense(shape=(8, 8, 1))
+    Space(Marked, DIGITS, 100).before_saving(model)
+    assert model.name == "marked"

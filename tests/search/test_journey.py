@@ -44,7 +44,7 @@ def finish(folder: Path, *arguments: str) -> str:
 def run_folder(tmp_path_factory):
     """A finished run whose coordinator was killed once during the search, once after it."""
     folder = tmp_path_factory.mktemp("journey") / "run"
-    for word in ("trial 0", "retrained for"):
+    for word in ("trial 0", "trained for"):
         process = start(folder, *SMALL)
         for line in process.stdout:
             if word in line:
@@ -251,12 +251,12 @@ def test_a_config_trained_again_gives_the_figures_of_its_file(run_folder, tmp_pa
     assert seed["test"]["accuracy"] == pytest.approx(first["test"]["accuracy"], abs=0.02)
     before = artifacts.sha256(tmp_path / seed["model"])
     again = finish(tmp_path, "train", str(config), "--seeds", "1")
-    assert "retrained for" not in again
+    assert "trained for" not in again
     assert artifacts.sha256(tmp_path / seed["model"]) == before
     # Under another precision it is another model.
     precision = {"float32": "bfloat16", "bfloat16": "float32"}[now["training"]["precision"]]
     other = finish(tmp_path, "train", str(config), "--seeds", "1", "--precision", precision)
-    assert "retrained for" in other
+    assert "trained for" in other
     assert artifacts.sha256(tmp_path / seed["model"]) != before
 
 

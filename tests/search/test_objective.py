@@ -50,6 +50,7 @@ class Trial:
         self.reports = {}
         self.user_attrs = {}
         self.params = {}
+        self.notes = []
         self._answers = answers
         self._prune_at = prune_at
 
@@ -70,6 +71,9 @@ class Trial:
 
     def set_user_attr(self, key, value):
         self.user_attrs[key] = value
+
+    def progress(self, note):
+        self.notes.append(note)
 
     def _answer(self, name, value):
         self.params[name] = self._answers.get(name, value)
@@ -132,7 +136,25 @@ def diverging(hp):
     return model
 
 
-def tasks(space=Small, dataset="digits", precision="float32", **changed):
+class Frozen(Small):
+    """A frozen convolution, the same in each model, before what is trained."""
+
+    def build(self, hp):
+        frozen = keras.layers.Conv2D(
+            6, 3, activation="relu", kernel_initializer=keras.initializers.GlorotUniform(3)
+        )
+        frozen.trainable = False
+        layers = [keras.Input(self.input_shape), keras.layers.Rescaling(1 / 16), frozen]
+        layers += [keras.layers.Flatten(), keras.layers.Dense(16, activation="relu")]
+        layers += [keras.layers.Dense(self.num_classes, activation="softmax")]
+        model = keras.Sequential(layers)
+        loss = keras.losses.SparseCategoricalCrossentropy()
+        model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
+        Small.model = model
+        return model
+
+
+def tasks(space=Small, dataset="digits", precision="float32", cache="", cache_size=None, **changed):
     fields = {"epochs": 1, "images_per_report": 400, "batch_size": 50}
     study = Study(name="mine", space=space, dataset=dataset, **(fields | changed))
     own = {field.name for field in dataclasses.fields(Settings)} & set(study.__dict__)
@@ -141,6 +163,8 @@ def tasks(space=Small, dataset="digits", precision="float32", **changed):
         file="mine.py",
         kind="space",
         precision=precision,
+        cache=str(cache),
+        cache_size=int(1e9) if cache_size is None else cache_size,
     )
     return KerasTasks(study, dataclasses.asdict(settings))
 
@@ -316,3 +340,68 @@ def test_a_winner_that_diverges_is_not_saved(tmp_path):
     )
     assert outcome == {"outcome": "diverged", "reason": "loss was nan"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_frozen_part_is_computed_once_and_changes_nothing(tmp_path):
+    outcomes = []
+    for cache_size in (0, 10**9, 10**9):
+        trial = Trial()
+        made = tasks(Frozen, cache=tmp_path / "features", cache_size=cache_size, epochs=3)
+        outcomes.append((made.trial(trial, MESSAGE)["value"], trial.reports, trial.notes))
+        if not cache_size:
+            assert not (tmp_path / "features").exists()
+    uncached, first, second = outcomes
+    assert first[0] == pytest.approx(uncached[0], abs=0.02)
+    assert first[1] == pytest.approx(uncached[1], abs=0.02)
+    assert (uncached[2], second[:2]) == ([], first[:2])
+    assert first[2][0] == "features 0%"
+    assert first[2][-1] == "features 100%"
+    assert second[2] == []  # they lay on disk
+    assert uncached[0] > 0.8
+
+
+def test_a_model_with_a_frozen_part_is_saved_whole(tmp_path):
+    made = tasks(Frozen, cache=tmp_path / "features")
+    outcome = made.retrain(lambda **_: None, winner(tmp_path, {}, epochs=6, share=1.0))
+    assert outcome["outcome"] == "complete"
+    model = keras.models.load_model(tmp_path / "winner.keras")
+    x, y = datasets.load_train("digits")
+    assert accuracy(model, x, y) == pytest.approx(outcome["history"]["accuracy"][-1], abs=0.05)
+    assert accuracy(model, x, y) > 0.9
+    assert model.input_shape == (None, 8, 8, 1)
+
+
+def test_without_room_for_activations_a_trial_reads_images(tmp_path, caplog):
+    made = tasks(Frozen, cache=tmp_path / "features", cache_size=1_000)
+    assert made.trial(Trial(), MESSAGE)["outcome"] == "complete"
+    assert "Fix: --cache-size" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_parameters": 12}, "650 parameters, above max_parameters=12"),
+        ({"max_flops": 99}, "1,418 flops, above max_flops=99"),
+    ],
+)
+def test_a_point_above_a_limit_costs_nothing(limits, reason):
+    trial = Trial()
+    outcome = tasks(**limits).trial(trial, MESSAGE)
+    assert outcome == {"outcome": "invalid", "reason": reason}
+    assert trial.user_attrs["parameters"] == 650
+    assert trial.reports == {}
+
+
+def test_limits_that_a_point_keeps_are_no_matter():
+    assert tasks(max_parameters=650, max_flops=1_418).trial(Trial(), MESSAGE)["value"] > 0
+
+
+def test_a_step_that_does_not_fit_into_memory_is_not_tried():
+    class Wide(Small):
+        def build(self, hp):
+            hp.Choice("batch_size", [10**9])
+            return super().build(hp)
+
+    outcome = tasks(Wide).trial(Trial(), MESSAGE)
+    assert outcome["outcome"] == "invalid"
+    assert outcome["reason"].startswith("a step of 1000000000 images needs about ")

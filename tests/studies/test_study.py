@@ -8,18 +8,13 @@ from sklearn.datasets import load_digits
 from sklearn.utils import shuffle
 
 from spaces.cnn import CNN
-from studies import cnn, mlp, quickstart, resnet
+from studies import baselines, cnn, mlp, quickstart, resnet, vgg16
 from studies.study import Study
 
 KNOWN = [
     pytest.param(file.study, point, id=f"{file.study.name}-{number}")
-    for file, others in [
-        (cnn, (cnn.OVERFIT_CNN, cnn.REGULARISED_CNN, cnn.PLATEAU_CNN)),
-        (mlp, ()),
-        (quickstart, ()),
-        (resnet, ()),
-    ]
-    for number, point in enumerate([*file.study.known_points, *others])
+    for file in (cnn, mlp, quickstart, resnet, vgg16)
+    for number, point in enumerate(file.study.known_points)
 ]
 
 
@@ -39,6 +34,9 @@ KNOWN = [
         ({"batch_size": -1}, r"batch_size is a whole number of at least 1. Received: -1"),
         ({"first_rung": 0}, r"first_rung is a whole number of at least 1. Received: 0"),
         ({"reduction_factor": 1}, r"reduction_factor is at least 2. Received: 1"),
+        ({"max_flops": 0.5}, r"max_flops is a whole number of at least 1. Received: 0.5"),
+        ({"compare": True}, r"compares has a space and known_points. .*known_points=\(\)"),
+        ({"published": ({},)}, r"an entry for each of the known_points. Received: 1 for 0"),
         ({"epochs": 0}, r"^epochs is a number above 0. Received: 0"),
         ({"epochs": float("nan")}, r"^epochs is a number above 0. Received: nan"),
         ({"final_epochs": float("inf")}, r"final_epochs is a number above 0. Received: inf"),
@@ -55,7 +53,7 @@ def test_what_the_rules_allow(fields):
     assert getattr(study, *fields) == next(iter(fields.values()))
 
 
-@pytest.mark.parametrize("file", [cnn, mlp, quickstart, resnet])
+@pytest.mark.parametrize("file", [baselines, cnn, mlp, quickstart, resnet, vgg16])
 def test_a_study_file_says_what_it_asks(file):
     with open(file.__file__) as source:
         docstring = ast.get_docstring(ast.parse(source.read()))
@@ -64,7 +62,7 @@ def test_a_study_file_says_what_it_asks(file):
     assert file.__name__ == f"studies.{file.study.name}"
 
 
-@pytest.mark.parametrize("file", [cnn, mlp, quickstart, resnet])
+@pytest.mark.parametrize("file", [cnn, mlp, quickstart, resnet, vgg16])
 def test_reports_end_with_a_whole_batch(file):
     assert all(file.study.images_per_report % size == 0 for size in file.study.space.batch_sizes)
 
@@ -73,7 +71,8 @@ def test_reports_end_with_a_whole_batch(file):
 def test_known_points_lie_in_their_space(study, known):
     hp = keras_tuner.HyperParameters()
     hp.values = dict(known)
-    study.space((28, 28, 1), 10, 54_000).build(hp)
+    weights = {"weights": "none"} if study.weights else {}
+    study.space((28, 28, 1), 10, 54_000, **weights).build(hp)
     ranges = {parameter.name: parameter for parameter in hp.space}
     for name, value in known.items():
         parameter = ranges[name]
