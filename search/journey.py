@@ -170,6 +170,7 @@ class _Journey:
             )
         settings = self._settings(described)
         dataset = described_data(settings.dataset) if settings.kind != "objective" else None
+        fixed = settings.fixed()
         settings, pretrained = with_weights(settings)
         pool.prepare(dataclasses.asdict(settings))
         ready = pool.wait_for_space()
@@ -180,7 +181,7 @@ class _Journey:
             "run",
             {
                 "described": described,
-                "fixed": settings.fixed(),
+                "fixed": fixed,
                 "space": ready["space"],
                 "known_points": ready["known_points"],
                 **{name: ready[name] for name in _MEASURED},

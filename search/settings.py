@@ -12,7 +12,7 @@ from search.errors import EXIT_USAGE, SearchError
 from search.protocol import Message
 
 # Another value of one of these is another question: a study keeps the one it began with.
-FIXED = ("dataset", "epochs", "images_per_report", "batch_size", "seed", "kind")
+FIXED = ("dataset", "epochs", "images_per_report", "batch_size", "seed", "kind", "weights")
 # Options without a meaning where named points are trained as they are.
 NOT_OF_A_COMPARISON = ("trials", "time_budget", "sampler", "pruner", "top", "final_epochs")
 
@@ -47,9 +47,10 @@ class Settings:
     seeds: int = 3
 
     def fixed(self) -> dict[str, Any]:
-        """The values of FIXED; data that has moved to another folder is the same data."""
+        """The values of FIXED; a file that has moved to another folder is the same file."""
         values = {name: getattr(self, name) for name in FIXED}
-        return values | {"dataset": Path(self.dataset).name}
+        moved = {name: Path(values[name]).name for name in ("dataset", "weights") if values[name]}
+        return values | moved
 
 
 def resolve(described: Message, file: str, options: dict[str, Any]) -> Settings:

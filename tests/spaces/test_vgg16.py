@@ -26,9 +26,9 @@ WIDTHS = {
 HEAD_ALONE = {"num_unfrozen_blocks": 0, "dense_layers": 0, "head_batch_norm": False}
 
 
-def write_weights(path, widths):
+def write_weights(path, widths, seed=1):
     """Made-up weights in the layout of Keras's own file."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     with h5py.File(path, "w") as file:
         pools = [f"block{block}_pool" for block in range(1, 6)]
         file.attrs["layer_names"] = [name.encode() for name in [*widths, *pools]]

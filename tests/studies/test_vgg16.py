@@ -73,6 +73,9 @@ def test_other_weights_are_another_question(searched):
     refused = search(folder, *arguments[2:], "--weights", "none")
     assert refused.returncode == 2
     last = refused.stderr.splitlines()[-1]
-    assert "weights was 'weights of vgg16_notop.h5 (SHA-256 " in last
-    assert "and is now 'random weights (SHA-256 none)'" in last
+    assert "weights was 'vgg16_notop.h5' and is now 'none'" in last
+    (folder / "other").mkdir()
+    write_weights(folder / "other" / "vgg16_notop.h5", WIDTHS, seed=2)
+    refused = search(folder, "--weights", str(folder / "other" / "vgg16_notop.h5"), "--trials", "4")
+    assert "weights was 'weights of vgg16_notop.h5 (SHA-256 " in refused.stderr.splitlines()[-1]
     assert search(folder, *arguments).returncode == 0
