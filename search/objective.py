@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,7 @@ import keras
 import keras_tuner
 import numpy as np
 
-from search import artifacts, backend, complexity, datasets, features, training
-from search.errors import SearchError
-from search.feature_store import FeatureStore
+from search import artifacts, backend, complexity, datasets, limits, training
 from search.hypermodel import (
     Images,
     Space,
@@ -28,11 +23,8 @@ from search.hypermodel import (
 )
 from search.hyperparameters import ReplayedHyperParameters, TrialHyperParameters, describe
 from search.protocol import Message, RemoteTrial
+from search.training_data import Arrays, TrainingData
 from studies.study import Study
-
-logger = logging.getLogger("search")
-
-Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
 class KerasTasks:
@@ -46,24 +38,14 @@ class KerasTasks:
     def __init__(self, study: Study, settings: Message):
         self._study = study
         self._settings = settings
+        self._data = TrainingData(
+            settings["dataset"], Path(settings["cache"]), settings["cache_size"]
+        )
         self.precision = backend.use_precision(settings["precision"])
 
     @cached_property
     def _dataset(self) -> datasets.Dataset:
         return datasets.find(self._settings["dataset"])
-
-    @cached_property
-    def _images(self) -> Arrays:
-        """All training data, in its own order: the parts below are positions in it."""
-        return datasets.load_train(self._settings["dataset"])
-
-    @cached_property
-    def _at(self) -> datasets.Positions:
-        return datasets.split(self._images[1])
-
-    @cached_property
-    def _content(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self._images[0]).data).hexdigest()
 
     def describe(self) -> Message:
         """The space, and the study's known points made whole.
@@ -86,8 +68,8 @@ class KerasTasks:
             "precision": self.precision,
             "num_reports": self._num_reports,
             "images_per_report": self._images_per_report,
-            "images_per_epoch": len(self._at.train),
-            "num_images": len(self._images[1]),
+            "images_per_epoch": len(self._data.at.train),
+            "num_images": len(self._data.everywhere),
             "pretrained": [self._is_pretrained(point) for point in self._study.known_points],
         }
 
@@ -105,18 +87,18 @@ class KerasTasks:
         trial.set_user_attr("parameters", complexity.parameters(model))
         trial.set_user_attr("flops", complexity.flops(model))
         batch_size = hp.values.get("batch_size", self._study.batch_size)
-        if too_much := self._too_much(model, batch_size):
+        if too_much := limits.excess(model, batch_size, self._study):
             return {"outcome": "invalid", "reason": too_much}
         report = training.Report(trial, self._images_per_report)
         value = None
         if trains_itself(self._study.space):
-            arrays = self._arrays(self._at.train)
+            arrays = self._data.arrays(self._data.at.train)
             returned = self._let_fit(space, hp, model, arrays, self._num_reports, [report])
             if not (report.diverged or report.pruned):
                 value = value_of_fit(returned, report.values)
         else:
             plan = training.Plan(
-                len(self._at.train),
+                len(self._data.at.train),
                 self._images_per_report,
                 self._num_reports,
                 batch_size,
@@ -128,7 +110,7 @@ class KerasTasks:
         if report.pruned:
             return {"outcome": "pruned"}
         if value is None:
-            value = training.accuracy(model, self._arrays(self._at.val))
+            value = training.accuracy(model, self._data.arrays(self._data.at.val))
         if not math.isfinite(value):
             return {"outcome": "diverged", "reason": f"the value was {value}"}
         return {"outcome": "complete", "value": value}
@@ -143,7 +125,7 @@ class KerasTasks:
         """
         keras.utils.set_random_seed(message["seed"])
         validated = message["validated"]
-        chosen = self._at.train if validated else np.arange(len(self._images[1]))
+        chosen = self._data.at.train if validated else self._data.everywhere
         hp = ReplayedHyperParameters(message["params"])
         epochs = self._epochs(hp, message)
         space = self._space(round(epochs * len(chosen)))
@@ -154,26 +136,28 @@ class KerasTasks:
             num_reports = max(1, round(epochs * message["share"]))
             progress = training.Progress(tell, num_reports, len(chosen))
             guards = [progress, keras.callbacks.TerminateOnNaN()]
-            self._let_fit(space, hp, model, self._arrays(chosen), num_reports, guards)
+            self._let_fit(space, hp, model, self._data.arrays(chosen), num_reports, guards)
             trained: float = len(progress.history.get("loss", [])) or num_reports
             hp.check_all_read()
             if validated:
-                figures = training.measured(model, self._arrays(self._at.val))
+                figures = training.measured(model, self._data.arrays(self._data.at.val))
         else:
             hp.check_all_read()
             per_report = self._images_per_report
             plan = self._final_plan(hp, len(chosen), per_report, epochs * message["share"], message)
             progress = training.Progress(tell, plan.num_reports, plan.images_per_report)
-            with self._fed(model, lambda note: tell(note=note)) as (part, inputs):
+            with self._data.feeding(model, lambda note: tell(note=note)) as (part, inputs):
                 training.train(
                     part,
-                    self._data(inputs, chosen),
+                    self._data.rows(inputs, chosen),
                     plan,
-                    validation_data=self._data(inputs, self._at.val) if validated else None,
+                    validation_data=self._data.rows(inputs, self._data.at.val)
+                    if validated
+                    else None,
                     callbacks=[*callbacks, progress, keras.callbacks.TerminateOnNaN()],
                 )
                 if validated:
-                    figures = training.measured(part, self._data(inputs, self._at.val))
+                    figures = training.measured(part, self._data.rows(inputs, self._data.at.val))
             num_reports = len(progress.history.get("loss", []))
             trained = num_reports * plan.steps_per_report * plan.batch_size / len(chosen)
         last_loss = progress.history.get("loss", [0.0])[-1]
@@ -284,73 +268,17 @@ class KerasTasks:
         best_weights = keras.callbacks.EarlyStopping(
             training.MONITOR, mode="max", patience=plan.num_reports, restore_best_weights=True
         )
-        with self._fed(model, lambda note: tell(note=note)) as (part, inputs):
+        with self._data.feeding(model, lambda note: tell(note=note)) as (part, inputs):
             training.train(
                 part,
-                self._data(inputs, self._at.train),
+                self._data.rows(inputs, self._data.at.train),
                 plan,
-                validation_data=self._data(inputs, self._at.monitor),
+                validation_data=self._data.rows(inputs, self._data.at.monitor),
                 callbacks=[*space.callbacks(hp), best_weights, report],
             )
             if report.diverged or report.pruned:
                 return None
-            return training.accuracy(part, self._data(inputs, self._at.val))
-
-    @contextmanager
-    def _fed(
-        self, model: keras.Model, tell: Callable[[str], None]
-    ) -> Iterator[tuple[keras.Model, np.ndarray]]:
-        """What is trained, and what it reads, for each image of the training set.
-
-        The model and the images; or, where nothing before some layer is trained or random, what
-        follows there, and the activations up to there, which are computed once in a run.
-        """
-        images = self._images[0]
-        parts = features.cut(model, images) if self._settings["cache_size"] else None
-        if parts is None:
-            yield model, images
-            return
-        store = FeatureStore(Path(self._settings["cache"]), self._settings["cache_size"])
-
-        def told(done: int, of: int) -> None:
-            tell(f"features {done / of:.0%}")
-
-        with ExitStack() as stack:
-            try:
-                activations = stack.enter_context(
-                    store.open(parts, images, data=self._content, tell=told)
-                )
-            except SearchError as error:
-                logger.warning("trained on images: %s", error)
-                yield model, images
-                return
-            yield parts.rest, activations
-
-    def _data(self, inputs: np.ndarray, chosen: np.ndarray) -> training.Data:
-        return backend.Rows(inputs, chosen), self._images[1][chosen]
-
-    def _arrays(self, chosen: np.ndarray) -> Arrays:
-        x, y = self._images
-        return x[chosen], y[chosen]
-
-    def _too_much(self, model: keras.Model, batch_size: int) -> str:
-        """Which limit a point is above, and by how much; or nothing."""
-        import psutil
-
-        limits = (
-            ("parameters", complexity.parameters(model), self._study.max_parameters),
-            ("flops", complexity.flops(model), self._study.max_flops),
-        )
-        for name, amount, limit in limits:
-            if limit is not None and amount > limit:
-                return f"{amount:,} {name}, above max_{name}={limit:,}"
-        needed, memory = complexity.training_bytes(model, batch_size), psutil.virtual_memory().total
-        if not backend.visible_gpus() and needed > memory:
-            return (
-                f"a step of {batch_size} images needs about {needed / 1e9:.1f} GB, above this "
-                f"machine's {memory / 1e9:.1f} GB"
-            )
-        return ""
+            return training.accuracy(part, self._data.rows(inputs, self._data.at.val))
 
     def _let_fit(
         self,
@@ -376,14 +304,14 @@ class KerasTasks:
         )
 
     def _validation_data(self, model: keras.Model) -> Arrays:
-        x, y = self._arrays(self._at.val)
+        x, y = self._data.arrays(self._data.at.val)
         return x, training.as_loss_wants(model, y)
 
     @property
     def _images_per_report(self) -> int:
         """A whole epoch where the space trains itself, as Keras's own callbacks count; else what
         the run says, but an epoch at most, so that a small data set isn't trained for many."""
-        epoch = len(self._at.train)
+        epoch = len(self._data.at.train)
         if trains_itself(self._study.space):
             return epoch
         trial = math.ceil(min(1.0, self._settings["epochs"]) * epoch)
@@ -391,7 +319,7 @@ class KerasTasks:
 
     @property
     def _num_reports(self) -> int:
-        images = self._settings["epochs"] * len(self._at.train)
+        images = self._settings["epochs"] * len(self._data.at.train)
         return max(1, round(images / self._images_per_report))
 
     @property
