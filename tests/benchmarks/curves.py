@@ -1,0 +1,187 @@
+"""A table of full learning curves of study cnn's space on real Fashion-MNIST, for replays.
+
+    python -m tests.benchmarks.curves record --points 120 --folder curves
+    python -m tests.benchmarks.curves pack --folder curves --out tests/data/curves.npz
+
+Point k is drawn at random with seed k, and trained for 6 epochs of the first 20 000 images of the
+training part, by one thread, as many points at a time as there are cores. After each 5 000 images:
+accuracy on the 2 500 images that a search looks at; after each epoch on all 10 000. Killed, the
+same command goes on with the points that are missing; one takes minutes.
+
+The packed table: params (JSON), parameters, flops, start (seconds until the first step has been
+done: building and tracing), train (points, reports) and measure (points, reports) seconds, monitor
+and loss (points, reports), val (points, epochs); NaN behind a divergence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import optuna
+
+from search import backend, complexity, datasets, training
+from search.hypermodel import Images, Space
+from search.hyperparameters import TrialHyperParameters
+from studies.cnn import FashionCNN
+
+NUM_IMAGES = 20_000
+NUM_EPOCHS = 6
+IMAGES_PER_REPORT = 5_000
+REPORTS_PER_EPOCH = NUM_IMAGES // IMAGES_PER_REPORT
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("record", "work", "pack"):
+        command = commands.add_parser(name)
+        command.add_argument("--folder", type=Path, required=True)
+        command.add_argument("--points", type=int, default=120)
+        command.add_argument("--out", type=Path)
+        command.add_argument("--index", type=int, default=0)
+        command.add_argument("--of", type=int, default=len(os.sched_getaffinity(0)))
+    given = parser.parse_args()
+    {"record": record, "work": work, "pack": pack}[given.command](given)
+
+
+def record(given: argparse.Namespace) -> None:
+    given.folder.mkdir(parents=True, exist_ok=True)
+    threads = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+    environment = os.environ | dict.fromkeys(threads, "1") | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.benchmarks.curves", "work",
+             "--folder", str(given.folder), "--points", str(given.points),
+             "--index", str(index), "--of", str(given.of)], env=environment,
+        )
+        for index in range(given.of)
+    ]  # fmt: skip
+    try:
+        sys.exit(max(worker.wait() for worker in workers))
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def work(given: argparse.Namespace) -> None:
+    backend.use_precision("auto")
+    part = datasets.load_split("fashion_mnist")
+    for number in range(given.index, given.points, given.of):
+        path = given.folder / f"{number:04d}.json"
+        if path.exists():
+            continue
+        measured = curve(number, part)
+        beside = path.with_suffix(".partial")
+        beside.write_text(json.dumps(measured))
+        beside.rename(path)
+        last = measured["reports"][-1]
+        print(f"point {number}: {last['accuracy']:.4f}, {last['at']:.0f} s", flush=True)
+        backend.release()
+
+
+def curve(number: int, part: datasets.Split) -> dict[str, object]:
+    """Train point `number` and measure its curve."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    began = time.perf_counter()
+    keras.utils.set_random_seed(number)
+    sampler = optuna.samplers.RandomSampler(seed=number)
+    trial = optuna.create_study(sampler=sampler).ask()
+    hp = TrialHyperParameters(trial)
+    images = Images("fashion_mnist", (28, 28, 1), 10)
+    space = Space(FashionCNN, images, NUM_EPOCHS * NUM_IMAGES)
+    model = space.build(hp)
+    plan = training.Plan(
+        NUM_IMAGES,
+        IMAGES_PER_REPORT,
+        NUM_EPOCHS * REPORTS_PER_EPOCH,
+        hp.values["batch_size"],
+        number,
+    )
+    watch = Watch(began, (part.x_val, part.y_val))
+    training.train(
+        model,
+        (part.x_train[:NUM_IMAGES], part.y_train[:NUM_IMAGES]),
+        plan,
+        validation_data=(part.x_monitor, part.y_monitor),
+        callbacks=[*space.callbacks(hp), watch, keras.callbacks.TerminateOnNaN()],
+    )
+    return {
+        "params": trial.params,
+        "parameters": complexity.parameters(model),
+        "flops": complexity.flops(model),
+        "start": watch.first_step - began,
+        "reports": watch.reports,
+        "epochs": watch.epochs,
+    }
+
+
+class Watch(keras.callbacks.Callback):
+    """Seconds and accuracies of each report; the time until the first step is no report's."""
+
+    def __init__(self, began: float, val: tuple):
+        super().__init__()
+        self.reports: list[dict[str, float]] = []
+        self.epochs: list[float] = []
+        self.first_step = 0.0
+        self._began, self._val = began, val
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._at = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not self.first_step:
+            self.first_step = self._at = time.perf_counter()
+
+    def on_test_begin(self, logs=None):
+        self._tested = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        now = time.perf_counter()
+        self.reports.append(
+            {
+                "accuracy": logs["val_accuracy"],
+                "loss": logs["loss"],
+                "train": self._tested - self._at,
+                "measure": now - self._tested,
+                "at": now - self._began,
+            }
+        )
+        if (epoch + 1) % REPORTS_PER_EPOCH == 0:
+            self.epochs.append(training.accuracy(self.model, self._val))
+
+
+def pack(given: argparse.Namespace) -> None:
+    points = [json.loads(path.read_text()) for path in sorted(given.folder.glob("*.json"))]
+
+    def table(of, length):
+        filled = np.full((len(points), length), np.nan, np.float32)
+        for row, point in zip(filled, points, strict=True):
+            values = of(point)
+            row[: len(values)] = values
+        return filled
+
+    num_reports = NUM_EPOCHS * REPORTS_PER_EPOCH
+    columns = {"monitor": "accuracy", "loss": "loss", "train": "train", "measure": "measure"}
+    np.savez_compressed(
+        given.out,
+        params=json.dumps([point["params"] for point in points]),
+        **{name: [point[name] for point in points] for name in ("parameters", "flops", "start")},
+        **{
+            name: table(lambda point, key=key: [r[key] for r in point["reports"]], num_reports)
+            for name, key in columns.items()
+        },
+        val=table(lambda point: point["epochs"], NUM_EPOCHS),
+    )
+    print(f"{len(points)} points, {given.out.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
