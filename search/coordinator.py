@@ -12,12 +12,13 @@ import math
 import re
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from search import pruning, results, sampling
+from search import folders, pruning, results, sampling
 from search.errors import SearchError
 from search.pool import Event, Pool, Slot
 from search.progress import View
@@ -139,8 +140,14 @@ class Coordinator:
         trial.begin(slot.worker.pid, slot.device.label, settings.sampler, settings.seed)
         self._running[slot.index] = trial
         seed = sampling.seed_for(settings.seed, trial.number, "training")
-        pool.give(slot, trial.number, trial.attempt, {"task": "trial", "seed": seed})
+        task = {"task": "trial", "seed": seed, "checkpoint": self._checkpoint(trial.number)}
+        pool.give(slot, trial.number, trial.attempt, task)
         slot.status |= {"what": f"trial {trial.number}", "step": 0}
+
+    def _checkpoint(self, number: int) -> str:
+        """The file for a trial's state, so that it goes on where it was; none without a folder."""
+        folder = self._settings.folder
+        return str(Path(folder) / folders.CHECKPOINTS / f"trial-{number}.npz") if folder else ""
 
     def _handle(self, pool: Pool, event: Event) -> None:
         slot, message = event.slot, event.message
@@ -152,6 +159,9 @@ class Coordinator:
                 pool.answer(slot, **trial.suggest(message))
             case "attribute":
                 pool.answer(slot, **trial.set_attribute(message))
+            case "resumed":
+                trial.last_step = message["step"]
+                logger.info("trial %d goes on after report %d", trial.number, trial.last_step)
             case "progress":
                 slot.status["note"] = message["note"]
             case "report":
@@ -194,6 +204,8 @@ class Coordinator:
     def _ended(self, trial: UnfinishedTrial, ending: dict[str, Any], detail: str = "") -> None:
         """Count and show a finished trial; stop if it shows that nothing can work."""
         value, state = ending["value"], ending["state"].lower()
+        if checkpoint := self._checkpoint(trial.number):
+            Path(checkpoint).unlink(missing_ok=True)
         self._num_finished += 1
         logger.info(
             "trial %d %s %s after %d reports, %.0f s; %d of %d finished",

@@ -10,14 +10,22 @@ from search import artifacts
 from search.errors import SearchError
 
 LOCK = ".lock"
+FEATURES = "features"  # activations of frozen parts, until the winners are measured
+CHECKPOINTS = "checkpoints"  # of trainings that run
 # Models, predictions and the study of a usual run; less is refused before the first trial.
 NEEDED_BYTES = 200 * 2**20
 
 
 def clean(folder: Path) -> None:
     """What killed writers left; only where this project writes, since --out may be any folder."""
-    for name in (".", "models", "evaluation", "configs"):
+    for name in (".", "models", "evaluation", "configs", CHECKPOINTS):
         artifacts.remove_partials(folder / name)
+
+
+def remove_scratch(folder: Path) -> None:
+    """What nothing reads any more once the winners are measured."""
+    for name in (FEATURES, CHECKPOINTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def check(folder: Path, option: str) -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -131,7 +130,7 @@ class _Journey:
             if final and settings.kind != "objective":
                 retraining = self._retraining(settings)
                 retraining.run(pool)
-                shutil.rmtree(settings.cache, ignore_errors=True)  # nothing reads it any more
+                folders.remove_scratch(self._folder)
                 for job in retraining.jobs:
                     logs.history(job.stem, job.record.get("history", {}), job.params)
                 return self._outcome(settings, self._write(settings, retraining.jobs))
@@ -204,7 +203,7 @@ class _Journey:
 
     def _settings(self, described: dict[str, Any]) -> Settings:
         settings = resolve(described, str(self._entry.file), self._options)
-        settings = dataclasses.replace(settings, cache=str(self._folder.absolute() / "features"))
+        settings = dataclasses.replace(settings, folder=str(self._folder.absolute()))
         if run := self._run():
             refuse_differences(run["fixed"], settings.fixed(), settings.name, str(self._folder))
         if self._options.get("search") is False:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -12,7 +13,8 @@ import keras
 import keras_tuner
 import numpy as np
 
-from search import artifacts, backend, complexity, datasets, limits, training
+from search import artifacts, backend, complexity, datasets, folders, limits, training
+from search.checkpoints import Checkpoints
 from search.hypermodel import (
     Images,
     Space,
@@ -39,7 +41,9 @@ class KerasTasks:
         self._study = study
         self._settings = settings
         self._data = TrainingData(
-            settings["dataset"], Path(settings["cache"]), settings["cache_size"]
+            settings["dataset"],
+            Path(settings["folder"]) / folders.FEATURES,
+            settings["cache_size"],
         )
         self.precision = backend.use_precision(settings["precision"])
 
@@ -104,7 +108,10 @@ class KerasTasks:
                 batch_size,
                 message["seed"],
             )
-            value = self._fit(space, hp, model, plan, report, trial.progress)
+            checkpoints = self._checkpoints(message, hp, plan)
+            if checkpoints and checkpoints.reports:
+                trial.resume(checkpoints.reports)
+            value = self._fit(space, hp, model, plan, report, trial.progress, checkpoints)
         if report.diverged:
             return {"outcome": "diverged", "reason": report.diverged}
         if report.pruned:
@@ -121,7 +128,8 @@ class KerasTasks:
         Args:
             message: params, seed, epochs (the schedule's length, in passes over the data),
                 share (of it that is trained, 0 to 1), validated (train on the training part alone,
-                as long as suits the point, and watch the validation part) and path of the model.
+                as long as suits the point, and watch the validation part), path of the model, and
+                perhaps checkpoint, a file.
         """
         keras.utils.set_random_seed(message["seed"])
         validated = message["validated"]
@@ -155,6 +163,7 @@ class KerasTasks:
                     if validated
                     else None,
                     callbacks=[*callbacks, progress, keras.callbacks.TerminateOnNaN()],
+                    checkpoints=self._checkpoints(message, hp, plan),
                 )
                 if validated:
                     figures = training.measured(part, self._data.rows(inputs, self._data.at.val))
@@ -262,6 +271,7 @@ class KerasTasks:
         plan: training.Plan,
         report: training.Report,
         tell: Callable[..., None],
+        checkpoints: Checkpoints | None,
     ) -> float | None:
         """Train as the product does; the model is left with its best weights. Their accuracy on
         all validation images, unless the trial ended early."""
@@ -275,10 +285,27 @@ class KerasTasks:
                 plan,
                 validation_data=self._data.rows(inputs, self._data.at.monitor),
                 callbacks=[*space.callbacks(hp), best_weights, report],
+                checkpoints=checkpoints,
             )
             if report.diverged or report.pruned:
                 return None
             return training.accuracy(part, self._data.rows(inputs, self._data.at.val))
+
+    def _checkpoints(
+        self, message: Message, hp: keras_tuner.HyperParameters, plan: training.Plan
+    ) -> Checkpoints | None:
+        """Of the training that a message asks for, where it says in which file."""
+        if not message.get("checkpoint"):
+            return None
+        asked = {name: message.get(name) for name in ("task", "epochs", "share", "validated")}
+        identity = {
+            **asked,
+            "params": hp.values,
+            "plan": dataclasses.asdict(plan),
+            "precision": self.precision,
+            "weights": self._settings["weights"],
+        }
+        return Checkpoints(Path(message["checkpoint"]), identity)
 
     def _let_fit(
         self,

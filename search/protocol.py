@@ -169,6 +169,12 @@ class RemoteTrial:
         """The coordinator's answer to the last report."""
         return self._prune
 
+    def resume(self, step: int) -> None:
+        """This attempt goes on after `step`, which an earlier one has reported."""
+        self._connection.send(
+            {"type": "resumed", "trial": self.number, "attempt": self.attempt, "step": step}
+        )
+
     def progress(self, **figures: Any) -> None:
         """Figures for the terminal only, of work that comes before the first report."""
         self._connection.send(

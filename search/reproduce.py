@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def _train(
         seed=how["study_seed"],
         precision=options.get("precision") or how["precision"],
         max_attempts=options.get("max_attempts") or 3,
-        cache=str(folder.absolute() / "features"),
+        folder=str(folder.absolute()),
         weights=_weights(config, options, described),
     )
     dataset = described_data(reference)
@@ -181,7 +180,7 @@ def _train(
         view=view,
         save=save,
     ).run(pool)
-    shutil.rmtree(settings.cache, ignore_errors=True)
+    folders.remove_scratch(folder)
     run = {**ready, "described": described, "dataset": dataset, "weights": pretrained}
     figures = {
         "schema": 1,

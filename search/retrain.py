@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from search import artifacts, devices, results
+from search import artifacts, devices, folders, results
 from search.errors import EXIT_NOTHING_USABLE, SearchError
 from search.pool import Event, Pool, Slot
 from search.progress import View
@@ -247,9 +247,14 @@ class Retraining:
             "share": job.record["share"],
             "validated": job.record.get("validated", False),
             "path": str(self._folder / "models" / f"{job.stem}.keras"),
+            "checkpoint": str(self._checkpoint(job)),
         }
 
+    def _checkpoint(self, job: Job) -> Path:
+        return self._folder / folders.CHECKPOINTS / f"{job.stem}.npz"
+
     def _trained(self, job: Job, message: Message) -> None:
+        self._checkpoint(job).unlink(missing_ok=True)
         if message["outcome"] == "diverged":
             job.record["diverged"] = message["reason"]
             logger.warning("%s diverged: %s", job.stem, message["reason"])

@@ -38,7 +38,7 @@ class Settings:
     max_parameters: int | None = None
     max_flops: int | None = None
     cache_size: int = 8_000_000_000  # bytes, of frozen parts' activations; 0 for none
-    cache: str = ""  # the folder they are kept in
+    folder: str = ""  # of the run; absolute
     seed: int = 0
     max_attempts: int = 3
     precision: str = "auto"

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 from search import backend
+from search.checkpoints import Checkpoints
 from search.protocol import RemoteTrial
 
 MONITOR = "val_accuracy"
@@ -61,6 +62,7 @@ def train(
     *,
     validation_data: Data | None,
     callbacks: Sequence[keras.callbacks.Callback],
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, list[float]]:
     """Train a compiled model.
 
@@ -69,22 +71,31 @@ def train(
             activations of a frozen part), and (n,) class numbers.
         validation_data: the same, measured at each report; None for none.
         callbacks: patience and cooldown in epochs; converted to reports here.
+        checkpoints: of an earlier attempt at this training, which goes on there; and of this one.
 
     Returns:
-        Keras's history: one value a report for each of loss, accuracy, val_loss, val_accuracy.
+        Keras's history: one value a report for each of loss, accuracy, val_loss, val_accuracy; of
+        this attempt's reports.
     """
     for callback in callbacks:
         count_in_reports(
             callback, plan.reports_per_epoch, has_validation=validation_data is not None
         )
+    callbacks, done = list(callbacks), 0
+    if checkpoints:
+        checkpoints.watch(callbacks)
+        callbacks.append(checkpoints)
+        done = checkpoints.reports
+    order = plan.order()[done * plan.steps_per_report * plan.batch_size :]
     history = model.fit(
         backend.training_batches(
-            train_data[0], as_loss_wants(model, train_data[1]), plan.order(), plan.batch_size
+            train_data[0], as_loss_wants(model, train_data[1]), order, plan.batch_size
         ),
+        initial_epoch=done,
         epochs=plan.num_reports,
         steps_per_epoch=plan.steps_per_report,
         validation_data=_validation(model, validation_data),
-        callbacks=list(callbacks),
+        callbacks=callbacks,
         shuffle=False,  # the order is the plan's
         verbose=0,
     )

@@ -118,6 +118,9 @@ class UnfinishedTrial:
         self._speed = message["progress"]
         self._attempts[-1]["seen"] = time.time()
         self._set("attempts", self._attempts)
+        if not self._history:  # the first of this attempt, which may go on behind an earlier one's
+            earlier = self._storage.get_trial(self._id).user_attrs.get("history", {})
+            self._history = {at: kept for at, kept in earlier.items() if int(at) < step}
         if message["metrics"]:
             self._history[str(step)] = message["metrics"]
             self._set("history", self._history)

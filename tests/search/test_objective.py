@@ -72,6 +72,9 @@ class Trial:
     def set_user_attr(self, key, value):
         self.user_attrs[key] = value
 
+    def resume(self, step):
+        self.resumed = step
+
     def progress(self, note):
         self.notes.append(note)
 
@@ -154,7 +157,9 @@ class Frozen(Small):
         return model
 
 
-def tasks(space=Small, dataset="digits", precision="float32", cache="", cache_size=None, **changed):
+def tasks(
+    space=Small, dataset="digits", precision="float32", folder="", cache_size=None, **changed
+):
     fields = {"epochs": 1, "images_per_report": 400, "batch_size": 50}
     study = Study(name="mine", space=space, dataset=dataset, **(fields | changed))
     own = {field.name for field in dataclasses.fields(Settings)} & set(study.__dict__)
@@ -163,7 +168,7 @@ def tasks(space=Small, dataset="digits", precision="float32", cache="", cache_si
         file="mine.py",
         kind="space",
         precision=precision,
-        cache=str(cache),
+        folder=str(folder),
         cache_size=int(1e9) if cache_size is None else cache_size,
     )
     return KerasTasks(study, dataclasses.asdict(settings))
@@ -346,7 +351,7 @@ def test_a_frozen_part_is_computed_once_and_changes_nothing(tmp_path):
     outcomes = []
     for cache_size in (0, 10**9, 10**9):
         trial = Trial()
-        made = tasks(Frozen, cache=tmp_path / "features", cache_size=cache_size, epochs=3)
+        made = tasks(Frozen, folder=tmp_path, cache_size=cache_size, epochs=3)
         outcomes.append((made.trial(trial, MESSAGE)["value"], trial.reports, trial.notes))
         if not cache_size:
             assert not (tmp_path / "features").exists()
@@ -361,7 +366,7 @@ def test_a_frozen_part_is_computed_once_and_changes_nothing(tmp_path):
 
 
 def test_a_model_with_a_frozen_part_is_saved_whole(tmp_path):
-    made = tasks(Frozen, cache=tmp_path / "features")
+    made = tasks(Frozen, folder=tmp_path)
     outcome = made.retrain(lambda **_: None, winner(tmp_path, {}, epochs=6, share=1.0))
     assert outcome["outcome"] == "complete"
     model = keras.models.load_model(tmp_path / "winner.keras")
@@ -372,7 +377,7 @@ def test_a_model_with_a_frozen_part_is_saved_whole(tmp_path):
 
 
 def test_without_room_for_activations_a_trial_reads_images(tmp_path, caplog):
-    made = tasks(Frozen, cache=tmp_path / "features", cache_size=1_000)
+    made = tasks(Frozen, folder=tmp_path, cache_size=1_000)
     assert made.trial(Trial(), MESSAGE)["outcome"] == "complete"
     assert "Fix: --cache-size" in caplog.text
 
@@ -405,3 +410,30 @@ def test_a_step_that_does_not_fit_into_memory_is_not_tried():
     outcome = tasks(Wide).trial(Trial(), MESSAGE)
     assert outcome["outcome"] == "invalid"
     assert outcome["reason"].startswith("a step of 1000000000 images needs about ")
+
+
+def test_a_killed_trial_goes_on_after_its_last_report(tmp_path, monkeypatch):
+    monkeypatch.setattr("search.checkpoints.SHARE", 1e9)
+    message = MESSAGE | {"checkpoint": str(tmp_path / "trial-0.npz")}
+
+    class Killed(Exception):
+        pass
+
+    class Mortal(Trial):
+        def report(self, value, step, metrics=None, **progress):
+            super().report(value, step)
+            if step == 5:
+                raise Killed
+
+    alone, killed, resumed = Trial(), Mortal(), Trial()
+    expected = tasks(epochs=3).trial(alone, MESSAGE)
+    with pytest.raises(Killed):
+        tasks(epochs=3).trial(killed, message)
+    assert tasks(epochs=3).trial(resumed, message) == expected
+    assert resumed.resumed == 4  # the fifth was stored by the coordinator, not yet kept
+    assert killed.reports | resumed.reports == pytest.approx(alone.reports)
+    assert min(resumed.reports) == 5
+    # At another seed it is another training.
+    again = Trial()
+    tasks(epochs=3).trial(again, message | {"seed": 6})
+    assert min(again.reports) == 1

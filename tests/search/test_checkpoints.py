@@ -1,0 +1,162 @@
+"""A training that was killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+from search import checkpoints, training
+from search.checkpoints import Checkpoints
+from search.training import Plan, Progress
+
+PLAN = Plan(num_images=60, images_per_report=20, num_reports=8, batch_size=10, seed=3)
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAfter(keras.callbacks.Callback):
+    """As a kill between two steps: an exception leaves nothing to clean up here."""
+
+    def __init__(self, report, step=0):
+        super().__init__()
+        self._kill_at = {(report, step)}  # no plain value: each attempt has its own
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self._epoch, batch) in self._kill_at:
+            raise Killed
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
+
+
+def data():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 60).astype(np.uint8)
+    x = rng.integers(0, 100, (60, 8, 8, 1)).astype(np.uint8)
+    x[:, 0, 0, 0] = y * 100
+    return x, y
+
+
+def network():
+    """All that has a state: dropout and augmentation draw, normalisation averages, rates decay."""
+    keras.utils.set_random_seed(1)
+    layers = [
+        keras.Input((8, 8, 1)),
+        keras.layers.Rescaling(1 / 255),
+        keras.layers.RandomFlip("horizontal"),
+        keras.layers.RandomTranslation(0.1, 0.1),
+        keras.layers.Conv2D(4, 3),
+        keras.layers.BatchNormalization(),
+        keras.layers.Flatten(),
+        keras.layers.Dropout(0.3),
+        keras.layers.Dense(3, activation="softmax"),
+    ]
+    model = keras.Sequential(layers)
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def decayed():
+    model = network()
+    rate = keras.optimizers.schedules.CosineDecay(0.02, 16)
+    model.compile(keras.optimizers.AdamW(rate), model.loss, metrics=["accuracy"])
+    return model
+
+
+def callbacks():
+    return [
+        keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=0.3),
+        keras.callbacks.EarlyStopping("val_accuracy", patience=9, restore_best_weights=True),
+    ]
+
+
+def train(make=network, path=None, kill=None, identity="a"):
+    """History over all attempts, the model, and at which report this attempt began."""
+    model = make()
+    progress = Progress(lambda **_: None, PLAN.num_reports, PLAN.images_per_report)
+    others = [] if make is decayed else callbacks()
+    kept = Checkpoints(path, {"training": identity}) if path else None
+    began = kept.reports if kept else 0
+    training.train(
+        model,
+        data(),
+        PLAN,
+        validation_data=data(),
+        callbacks=[*others, progress, *([kill] if kill else [])],
+        checkpoints=kept,
+    )
+    return progress.history, model, began
+
+
+@pytest.fixture(autouse=True)
+def _after_each_report(monkeypatch):
+    monkeypatch.setattr(checkpoints, "SHARE", 1e9)
+
+
+@pytest.mark.parametrize(("make", "kills"), [(network, (1, 2, 7)), (decayed, (3,))])
+def test_the_curve_is_that_of_a_training_left_alone(tmp_path, make, kills):
+    expected, model, _ = train(make)
+    for report in kills:
+        with pytest.raises(Killed):
+            train(make, tmp_path / "c.npz", KillAfter(report, step=1))
+    # The number of callbacks is part of what is kept, so the last attempt has one as well.
+    history, resumed, began = train(make, tmp_path / "c.npz", KillAfter(99))
+    assert began == kills[-1]
+    assert history.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=1e-5, atol=1e-6)
+    for weight, other in zip(resumed.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_another_training_is_not_taken(tmp_path):
+    with pytest.raises(Killed):
+        train(path=tmp_path / "c.npz", kill=KillAfter(3))
+    assert Checkpoints(tmp_path / "c.npz", {"training": "a"}).reports == 3
+    assert Checkpoints(tmp_path / "c.npz", {"training": "b"}).reports == 0
+    assert Checkpoints(tmp_path / "other.npz", {"training": "a"}).reports == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+def test_a_damaged_checkpoint_is_begun_again(tmp_path, caplog, damage):
+    path = tmp_path / "c.npz"
+    with pytest.raises(Killed):
+        train(path=path, kill=KillAfter(3))
+    whole = path.read_bytes()
+    path.write_bytes(
+        {"truncated": whole[: len(whole) // 2], "empty": b"", "garbage": b"no"}[damage]
+    )
+    history, _, began = train(path=path)
+    assert began == 0
+    assert len(history["loss"]) == PLAN.num_reports
+    assert "is damaged" in caplog.text
+
+
+def test_a_full_disk_costs_the_checkpoint_alone(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    history, _, _ = train(path=tmp_path / "file" / "c.npz")
+    assert len(history["loss"]) == PLAN.num_reports
+    assert "no checkpoint: " in caplog.text
+
+
+def test_writing_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoints, "SHARE", 0.02)
+    monkeypatch.setattr("search.checkpoints.time.monotonic", lambda: now[0])
+    kept = Checkpoints(tmp_path / "c.npz", {})
+    written = []
+
+    def write(reports):
+        written.append(now[0])
+        now[0] += 0.1
+
+    monkeypatch.setattr(kept, "_write", write)
+    kept.set_model(network())
+    for report in range(1_000):
+        now[0] += 0.5
+        kept.on_epoch_end(report)
+    assert len(written) > 50
+    assert 0.1 * len(written) / now[0] <= 0.021
