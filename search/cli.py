@@ -90,6 +90,9 @@ _working = _options(
     click.option("--workers", default="auto", help="auto (one per GPU, or per core) or a number."),
     click.option("--max-attempts", type=click.IntRange(1, 1000), default=3, show_default=True,
                  help="Of a trial whose worker dies."),
+    click.option("--silence", type=_Duration(),
+                 help="After which a worker that says nothing is replaced.  [default: 10 times its "
+                 "longest interval, 5m at least]"),
     click.option("--weights", metavar="imagenet|none|FILE",
                  help="Pretrained ones, where the study begins from some; none: random."),
     click.option("--cache-size", type=_Size(), help="On disk, of what frozen layers give, such as "
@@ -127,6 +130,7 @@ _running = _options(
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the study.  [default: 0]")
 @_out
 @click.option("--time-budget", type=_Duration(), help="Of the search, such as 90m.")
+@click.option("--trial-timeout", type=_Duration(), help="Of one attempt at a trial, such as 20m.")
 @click.option("--sampler", type=click.Choice(["tpe", "random", "qmc"]))
 @click.option("--pruner", type=click.Choice(["asha", "median", "none"]))
 @_storage

@@ -141,7 +141,7 @@ class Coordinator:
         self._running[slot.index] = trial
         seed = sampling.seed_for(settings.seed, trial.number, "training")
         task = {"task": "trial", "seed": seed, "checkpoint": self._checkpoint(trial.number)}
-        pool.give(slot, trial.number, trial.attempt, task)
+        pool.give(slot, trial.number, trial.attempt, task, settings.trial_timeout)
         slot.status |= {"what": f"trial {trial.number}", "step": 0}
 
     def _checkpoint(self, number: int) -> str:
@@ -173,7 +173,7 @@ class Coordinator:
             case "lost":
                 del self._running[slot.index]
                 if not trial.told:
-                    self._lost(trial, event.lost or "")
+                    self._lost(trial, event.lost or "", event.kind)
 
     def _report(self, slot: Slot, trial: UnfinishedTrial, message: dict[str, Any]) -> bool:
         """Store a report; whether the worker is to stop."""
@@ -193,9 +193,9 @@ class Coordinator:
             self._ended(trial, ending)
         return ending is not None
 
-    def _lost(self, trial: UnfinishedTrial, how: str) -> None:
+    def _lost(self, trial: UnfinishedTrial, how: str, kind: str) -> None:
         first_line, _, last_words = how.partition("\n")
-        if ending := trial.lose(how, self._settings.max_attempts):
+        if ending := trial.lose(how, self._settings.max_attempts, kind):
             self._ended(trial, ending, last_words)
             return
         logger.info("trial %d runs again: its worker %s", trial.number, first_line)

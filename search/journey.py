@@ -119,7 +119,8 @@ class _Journey:
             return outcome
         folders.clean(self._folder)
         opening = {"type": "open", "file": str(self._entry.file)}
-        pool = Pool(LocalEngine(self._folder / "logs"), devices_, opening)
+        engine = LocalEngine(self._folder / "logs")
+        pool = Pool(engine, devices_, opening, self._options.get("silence"))
         logs = open_logs(self._options.get("log"), self._folder)
         with signals_to(pool), closing(logs), pool:
             settings = self._begin(pool)

@@ -25,6 +25,10 @@ logger = logging.getLogger("search")
 # A worker that grew by this much since its first task is replaced by a fresh one: Keras and
 # TensorFlow keep some memory of every model they traced.
 MAX_GROWTH = 130 * 2**20  # bytes
+# A worker that has reported at least twice and then says nothing for so many times its longest
+# interval, and for so long, hangs. Generous: what comes after the last report is not known.
+SILENT_INTERVALS = 10
+LEAST_SILENCE = 300.0  # seconds
 _MAX_FAILED_STARTS = 3  # workers in a row that die before they are ready
 
 
@@ -47,7 +51,33 @@ class Task:
     trial: int
     attempt: int
     content: Message
+    timeout: float | None = None  # seconds
     started: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)  # the last message, of whatever kind
+    reported: float = 0.0  # the last report
+    interval: float = 0.0  # the longest between two reports
+
+    def hear(self, type_: str) -> None:
+        self.heard = time.monotonic()
+        if type_ == "report":
+            if self.reported:
+                self.interval = max(self.interval, self.heard - self.reported)
+            self.reported = self.heard
+
+    def overdue(self, silence: float | None) -> str:
+        """Why its worker is to be ended, or nothing.
+
+        Args:
+            silence: seconds after which a worker that says nothing hangs; None for a guess from
+                its own reports.
+        """
+        now = time.monotonic()
+        if self.timeout and now - self.started > self.timeout:
+            return f"took longer than --trial-timeout={self.timeout:g}s"
+        usual = max(LEAST_SILENCE, SILENT_INTERVALS * self.interval) if self.interval else None
+        if (most := silence or usual) and now - self.heard > most:
+            return f"said nothing for {now - self.heard:.0f} s"
+        return ""
 
 
 @dataclass
@@ -73,6 +103,7 @@ class Event:
     message: Message
     lost: str | None = None
     task: Task | None = None
+    kind: str = "killed"  # of a loss; timeout where it was ended for being late
 
 
 def run_task(file: Path, settings: Message, task: Message) -> Message:
@@ -115,9 +146,17 @@ class Pool:
         engine: where they run.
         devices: one for each slot.
         opening: the `open` message that each worker gets first.
+        silence: seconds after which a worker that says nothing is replaced; None for a guess.
     """
 
-    def __init__(self, engine: LocalEngine, devices: list[Device], opening: Message):
+    def __init__(
+        self,
+        engine: LocalEngine,
+        devices: list[Device],
+        opening: Message,
+        silence: float | None = None,
+    ):
+        self._silence = silence
         self.slots = [Slot(index, device) for index, device in enumerate(devices)]
         self._engine = engine
         self._opening = opening
@@ -166,9 +205,16 @@ class Pool:
     def busy(self) -> list[Slot]:
         return [slot for slot in self.slots if slot.task is not None]
 
-    def give(self, slot: Slot, trial: int, attempt: int, content: Message) -> None:
-        """Start a task on an idle slot."""
-        slot.task = Task(trial, attempt, content)
+    def give(
+        self,
+        slot: Slot,
+        trial: int,
+        attempt: int,
+        content: Message,
+        timeout: float | None = None,
+    ) -> None:
+        """Start a task on an idle slot; a worker that takes longer (seconds) is replaced."""
+        slot.task = Task(trial, attempt, content, timeout)
         self._send(slot, {"type": "start", "trial": trial, "attempt": attempt, **content})
 
     def drop_tasks(self) -> None:
@@ -214,6 +260,8 @@ class Pool:
             # A child of the worker's may hold its socket open: then no end of file tells its death.
             if slot.worker and not slot.worker.is_alive() and not slot.worker.channel.is_readable():
                 yield from self._lost(slot)
+            elif slot.task and (why := slot.task.overdue(self._silence)):
+                yield from self._end_late(slot, slot.task, why)
 
     def _hear(self, slot: Slot, message: Message) -> Event | None:
         type_ = message["type"]
@@ -234,6 +282,7 @@ class Pool:
         task = slot.task
         if task is None or (message["trial"], message["attempt"]) != (task.trial, task.attempt):
             return None  # what an old attempt says
+        task.hear(type_)
         if type_ == "finished":
             self._finish(slot, message)
         return Event(slot, message, task=task)
@@ -269,6 +318,11 @@ class Pool:
         self._start(slot)
         if task:
             yield Event(slot, {"type": "lost"}, lost=how, task=task)
+
+    def _end_late(self, slot: Slot, task: Task, why: str) -> Iterator[Event]:
+        logger.warning("worker %d %s and is replaced", slot.index, why)
+        self._restart(slot)
+        yield Event(slot, {"type": "lost"}, lost=why, task=task, kind="timeout")
 
     def _restart(self, slot: Slot) -> None:
         self._stop(slot)

@@ -133,15 +133,16 @@ class UnfinishedTrial:
         self._store_report(step, value)
         return None
 
-    def lose(self, how: str, max_attempts: int) -> dict[str, Any] | None:
-        """Its worker has died; how the trial ends if that was its last attempt, else None."""
+    def lose(self, how: str, max_attempts: int, kind: str = "killed") -> dict[str, Any] | None:
+        """Its worker has died (or was too late: kind timeout); how the trial ends if that was its
+        last attempt, else None."""
         first_line, _, last_words = how.partition("\n")
-        self._attempts[-1] |= {"end": time.time(), "reason": "killed", "detail": how}
+        self._attempts[-1] |= {"end": time.time(), "reason": kind, "detail": how}
         if self.num_counted >= max_attempts:
             if last_words:
                 self._set("stderr", last_words)
             reason = f"its worker {first_line}, {self.num_counted} times"
-            return self.end(TrialState.FAIL, kind="killed", reason=reason)
+            return self.end(TrialState.FAIL, kind=kind, reason=reason)
         self._passed = max(self._passed, self.last_step)
         self._set("attempts", self._attempts)
         return None
@@ -171,8 +172,8 @@ class UnfinishedTrial:
         """Write down how the trial ends, and finish it.
 
         Args:
-            kind: pruned, diverged, out_of_memory, invalid, error, killed; empty for a complete
-                trial.
+            kind: pruned, diverged, out_of_memory, invalid, error, killed, timeout; empty for a
+                complete trial.
             report: the last report's value, where it is stored with the decision.
         """
         ending = {

@@ -25,7 +25,7 @@ class ScriptedPool:
     def idle(self):
         return [slot for slot in self.slots if slot.task is None]
 
-    def give(self, slot, trial, attempt, content):
+    def give(self, slot, trial, attempt, content, timeout=None):
         self.at_start()
         self.given.append((trial, attempt, content))
         slot.task = Task(trial, attempt, content)

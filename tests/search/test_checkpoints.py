@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
 
-from search import checkpoints, training
+from search import checkpoints, storage, training
 from search.checkpoints import Checkpoints
 from search.training import Plan, Progress
+from tests import invariants
+
+ROOT = Path(__file__).parents[2]
 
 PLAN = Plan(num_images=60, images_per_report=20, num_reports=8, batch_size=10, seed=3)
 
@@ -160,3 +169,37 @@ def test_writing_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
         kept.on_epoch_end(report)
     assert len(written) > 50
     assert 0.1 * len(written) / now[0] <= 0.021
+
+
+def search(folder, *arguments):
+    command = [sys.executable, "-m", "search", "--study", "quickstart", "--workers", "1"]
+    command += ["--trials", "2", "--epochs", "40", "--no-retrain", "--out", str(folder)]
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+
+
+def curves(folder):
+    study = storage.read_study(f"sqlite:///{folder}/study.db", "quickstart")
+    return [trial.intermediate_values for trial in study.trials]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["worker", "coordinator"])
+def test_a_search_that_is_killed_goes_on_in_the_middle_of_a_trial(tmp_path, whom):
+    assert search(tmp_path / "alone").wait(timeout=200) == 0
+    process = search(tmp_path / "killed")
+    end = time.monotonic() + 100
+    while not list((tmp_path / "killed").glob("checkpoints/*.npz")):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    if whom == "worker":
+        (worker,) = invariants.workers_of(tmp_path / "killed")
+        worker.kill()
+        _, output = process.communicate(timeout=200)
+    else:
+        process.kill()
+        process.communicate()
+        _, output = search(tmp_path / "killed").communicate(timeout=200)
+    assert re.search(r"trial 0 goes on after report \d+", output), output
+    for killed, alone in zip(curves(tmp_path / "killed"), curves(tmp_path / "alone"), strict=True):
+        assert killed == pytest.approx(alone, abs=1e-6)
+    assert not list((tmp_path / "killed").glob("checkpoints/*"))

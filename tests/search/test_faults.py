@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -152,6 +153,50 @@ def test_k4_a_trial_that_always_kills_its_worker(tmp_path):
     assert len(failed[0].user_attrs["attempts"]) == 3
     assert "killed" in failed[0].user_attrs["reason"]
     assert "last words" in failed[0].user_attrs["stderr"]
+
+
+def test_k5_a_stopped_worker_is_replaced_and_its_trial_runs_again(command):
+    process = command.start("--trials", "8", "--workers", "2", "--silence", "1s")
+    command.wait_for_report()
+    stopped = invariants.workers_of(command.folder)[0]
+    stopped.suspend()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert not stopped.is_running()
+    assert re.search(r"worker \d said nothing for 1 s and is replaced", output)
+    invariants.check(command.folder, command.log, 8)
+    attempts = [a for t in command.study().trials for a in t.user_attrs["attempts"]]
+    assert sum(attempt["reason"] == "timeout" for attempt in attempts) == 1
+
+
+def test_k6_an_endless_loop_is_ended_and_the_others_go_on(tmp_path):
+    command = Command(tmp_path, DUMMY_FAULT="hang", DUMMY_SLEEP="0.02")
+    code, output = command.run(
+        "--trials", "6", "--pruner", "none", "--trial-timeout", "2s", "--max-attempts", "2"
+    )
+    assert code == 0, output
+    invariants.check(command.folder, command.log, 6)
+    (failed,) = [trial for trial in command.study().trials if trial.state.name == "FAIL"]
+    assert failed.number == 2
+    assert failed.user_attrs["reason"].startswith(
+        "timeout: its worker took longer than --trial-timeout=2s, 2 times"
+    )
+    for attempt in failed.user_attrs["attempts"]:
+        assert 2 <= attempt["end"] - attempt["start"] < 7
+        assert attempt["reason"] == "timeout"
+
+
+def test_k7_a_second_signal_ends_it_at_once(command):
+    process = command.start("--trials", "12", "--workers", "2")
+    command.wait_for_report()
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert time.monotonic() - began < 2
+    invariants.wait_until_no_worker(command.folder, 2)
+    assert command.run("--trials", "12", "--workers", "2")[0] == 0
+    invariants.check(command.folder, command.log, 12)
 
 
 @pytest.mark.parametrize(
