@@ -292,6 +292,36 @@ def train(config: Path, out: Path | None, **options: Any) -> None:
 @cli.command(context_settings=_CONTEXT)
 @_study
 @_out
+@_storage
+@click.argument("trial", type=click.IntRange(0))
+@_verbosity
+def repeat(study: str, out: Path | None, storage: str | None, trial: int, **options: Any) -> None:
+    """Train one TRIAL of a run again, alone, and compare its curve with the stored one.
+
+    Exits with 1 where they differ. Nothing is stored.
+
+    \b
+    Example:
+      fmnist-search repeat --study cnn 17
+    """
+    import tempfile
+
+    from search import catalogue, listing
+    from search import repeat as repeating
+
+    opened, _ = _opened(study, out, storage)
+    stored = _stored_options(study, out, storage)
+    with tempfile.TemporaryDirectory() as folder, _interruptible(), _view(options) as view:
+        file = catalogue.find(study).file
+        repeated = repeating.repeat(opened, trial, file, Path(folder), stored, view)
+    listing.print_repeated(repeated)
+    if not repeated.is_same:
+        sys.exit(1)
+
+
+@cli.command(context_settings=_CONTEXT)
+@_study
+@_out
 @click.option(
     "--model",
     type=click.Choice(["winner", "ensemble"]),

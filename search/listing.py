@@ -16,6 +16,7 @@ from search.errors import SearchError
 from search.inference import Classified
 from search.journey import Outcome
 from search.progress import duration
+from search.repeat import Repeated
 
 # Into a file or a pipe, a table is as wide as it needs to be.
 _console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
@@ -102,6 +103,26 @@ def print_reproduced(figures: dict[str, Any], folder: Path) -> None:
     table.add_row("seeds", str(len(winner["seeds"])), str(len(config["training"]["seeds"])), "")
     _console.print(table)
     _console.print(f"models and metrics.json in {folder}", soft_wrap=True)
+
+
+def print_repeated(repeated: Repeated) -> None:
+    """Both curves, and whether they are the same."""
+    table = _table("report", "stored", "now", "difference")
+    for step in sorted(repeated.stored.keys() | repeated.now.keys()):
+        stored, now = repeated.stored.get(step), repeated.now.get(step)
+        both = stored is not None and now is not None
+        table.add_row(
+            str(step),
+            "" if stored is None else f"{stored:.4f}",
+            "" if now is None else f"{now:.4f}",
+            f"{now - stored:+.4f}" if both else "",  # type: ignore[operator]
+        )
+    _console.print(table)
+    outcome = f"{repeated.outcome}{f' ({repeated.reason})' if repeated.reason else ''}"
+    same = "the same curve" if repeated.is_same else "another curve"
+    _console.print(
+        f"trial {repeated.number}: {same}, largest difference {repeated.difference:.4f}; {outcome}"
+    )
 
 
 def print_classified(rows: list[Classified]) -> None:

@@ -173,7 +173,7 @@ def test_writing_takes_its_share_of_the_time_at_most(tmp_path, monkeypatch):
 
 def search(folder, *arguments):
     command = [sys.executable, "-m", "search", "--study", "quickstart", "--workers", "1"]
-    command += ["--trials", "2", "--epochs", "40", "--no-retrain", "--out", str(folder)]
+    command += ["--trials", "1", "--epochs", "40", "--no-retrain", "--out", str(folder)]
     return subprocess.Popen([*command, *arguments], cwd=ROOT, text=True, stderr=subprocess.PIPE)
 
 
@@ -182,24 +182,33 @@ def curves(folder):
     return [trial.intermediate_values for trial in study.trials]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The curves of a search that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("alone")
+    process = search(folder)
+    _, output = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return curves(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["worker", "coordinator"])
-def test_a_search_that_is_killed_goes_on_in_the_middle_of_a_trial(tmp_path, whom):
-    assert search(tmp_path / "alone").wait(timeout=200) == 0
-    process = search(tmp_path / "killed")
+def test_a_search_that_is_killed_goes_on_in_the_middle_of_a_trial(alone, tmp_path, whom):
+    process = search(tmp_path)
     end = time.monotonic() + 100
-    while not list((tmp_path / "killed").glob("checkpoints/*.npz")):
+    while not list(tmp_path.glob("checkpoints/*.npz")):
         assert time.monotonic() < end
         time.sleep(0.05)
     if whom == "worker":
-        (worker,) = invariants.workers_of(tmp_path / "killed")
+        (worker,) = invariants.workers_of(tmp_path)
         worker.kill()
         _, output = process.communicate(timeout=200)
     else:
         process.kill()
         process.communicate()
-        _, output = search(tmp_path / "killed").communicate(timeout=200)
+        _, output = search(tmp_path).communicate(timeout=200)
     assert re.search(r"trial 0 goes on after report \d+", output), output
-    for killed, alone in zip(curves(tmp_path / "killed"), curves(tmp_path / "alone"), strict=True):
-        assert killed == pytest.approx(alone, abs=1e-6)
-    assert not list((tmp_path / "killed").glob("checkpoints/*"))
+    for killed, undisturbed in zip(curves(tmp_path), alone, strict=True):
+        assert killed == pytest.approx(undisturbed, abs=1e-6)
+    assert not list(tmp_path.glob("checkpoints/*"))
