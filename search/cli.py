@@ -293,6 +293,36 @@ def train(config: Path, out: Path | None, **options: Any) -> None:
 @_study
 @_out
 @_storage
+def repair(study: str, out: Path | None, storage: str | None) -> None:
+    """Put the newest snapshot in the place of a damaged study file.
+
+    The coordinator takes one every five minutes and at the end of a search. What was trained since
+    is trained again by the command that began the run.
+
+    \b
+    Example:
+      fmnist-search repair --study cnn
+    """
+    from search import catalogue, snapshots
+    from search import storage as stores
+
+    entry = catalogue.find(study)
+    url = stores.url_in(out or Path("runs") / entry.name, storage)
+    path = stores.database_path(url)
+    if not path.parent.is_dir():
+        raise SearchError(f"there is no folder {path.parent}; check --out", exit_code=EXIT_USAGE)
+    with stores.lock(stores.lock_beside(url, entry.name)):
+        restored = snapshots.restore(path)
+    click.echo(f"{path} is {restored.snapshot} now, with {restored.num_trials} finished trials")
+    if restored.aside:
+        click.echo(f"the damaged file lies in {restored.aside}")
+    click.echo(f"go on with: fmnist-search {_same_run(study, out, storage)}")
+
+
+@cli.command(context_settings=_CONTEXT)
+@_study
+@_out
+@_storage
 @click.argument("trial", type=click.IntRange(0))
 @_verbosity
 def repeat(study: str, out: Path | None, storage: str | None, trial: int, **options: Any) -> None:

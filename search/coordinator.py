@@ -23,6 +23,7 @@ from search.errors import SearchError
 from search.pool import Event, Pool, Slot
 from search.progress import View
 from search.settings import Settings
+from search.snapshots import Snapshots
 from search.trial import UnfinishedTrial
 from search.trial_logs import Logs
 
@@ -44,6 +45,7 @@ class Coordinator:
         known_points: whole points, tried first, in this order.
         view: shows what happens.
         logs: of the trials, for other tools.
+        snapshots: of the study, taken now and then.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class Coordinator:
         known_points: list[dict[str, Any]],
         view: View,
         logs: Logs,
+        snapshots: Snapshots | None = None,
     ):
         self._study = study
         self._settings = settings
         self._known_points = known_points
         self._view = view
         self._logs = logs
+        self._snapshots = snapshots
         self._pruner = pruning.pruner(
             settings.pruner, settings.first_rung, settings.reduction_factor
         )
@@ -85,6 +89,8 @@ class Coordinator:
                     self._start(pool, slot, trial)
             for event in pool.poll(0.25):
                 self._handle(pool, event)
+            if self._snapshots:
+                self._snapshots.take_if_due()
             self._view.refresh(pool.slots)
         self._leave(pool)
 

@@ -37,6 +37,7 @@ from search.pool import Interrupted, Pool
 from search.progress import View
 from search.retrain import Job, Retraining, jobs_of
 from search.settings import Settings, refuse_another_space, refuse_differences, resolve
+from search.snapshots import Snapshots
 from search.trial_logs import Logs, open_logs
 
 logger = logging.getLogger("search")
@@ -246,7 +247,10 @@ class _Journey:
             if row.state in ("complete", "pruned", "fail"):
                 self._view.finished_before(row.state, row.number, row.value)
         self._view.saved = results.saved_share(study)
-        Coordinator(study, settings, run["known_points"], self._view, logs).search(pool)
+        snapshots = Snapshots(storage.database_path(self._url))
+        points = run["known_points"]
+        Coordinator(study, settings, points, self._view, logs, snapshots).search(pool)
+        snapshots.take()
         if self._num_finished() >= settings.trials and not results.winners(study, 1):
             raise SearchError(
                 f"all {settings.trials} trials of {settings.name!r} are finished and none is "

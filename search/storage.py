@@ -196,25 +196,29 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
 
 def _check_file(path: Path) -> None:
     """Raises SearchError if there is a file that is no sound database: never a silent new one."""
-    if not path.exists():
-        return
-    problem = "it is empty" if path.stat().st_size == 0 else _quick_check(path)
-    if problem:
+    if problem := problem_of(path):
         raise SearchError(
-            f"the study file {path} is damaged ({problem}); put a copy of it back, or move it "
-            "away to begin anew",
+            f"the study file {path} is damaged ({problem}); `fmnist-search repair` with the same "
+            "--study and --out puts the newest snapshot back; or move it away to begin anew",
             exit_code=EXIT_DAMAGED,
         )
 
 
-def _quick_check(path: Path) -> str | None:
+def problem_of(path: Path) -> str:
+    """What is wrong with a database file, or nothing; nothing for a missing one, too."""
+    if not path.exists():
+        return ""
+    return "it is empty" if path.stat().st_size == 0 else _quick_check(path)
+
+
+def _quick_check(path: Path) -> str:
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
             connection.execute(f"PRAGMA busy_timeout={PRAGMAS['busy_timeout']}")
             (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     except sqlite3.DatabaseError as error:
         return str(error)
-    return None if answer == "ok" else str(answer)
+    return "" if answer == "ok" else str(answer)
 
 
 def _still_at(path: Path, descriptor: int) -> bool:

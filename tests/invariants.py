@@ -110,4 +110,11 @@ def _check_nothing_left(folder: Path) -> None:
     left = [p.name for p in folder.rglob("*") if p.suffix == ".lock" or ".partial" in p.name]
     assert left == []
     names = {p.name for p in folder.iterdir()}
-    assert names <= {"study.db", "study.db-wal", "study.db-shm", "search.log", "logs"}, names
+    assert names <= {
+        "study.db",
+        "study.db-wal",
+        "study.db-shm",
+        "search.log",
+        "logs",
+        "snapshots",
+    }, names

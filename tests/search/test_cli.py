@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("studies", "show", "retrain", "export", "train", "predict", "repeat")
+COMMANDS = ("studies", "show", "retrain", "export", "train", "predict", "repair", "repeat")
 QUICK = ["-m", "search"]
 
 

@@ -213,7 +213,7 @@ def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, whole, kind, open
     path = tmp_path / "study.db"
     content = damaged(kind, whole)
     path.write_bytes(content)
-    rule = f"the study file {path} is damaged .*put a copy of it back"
+    rule = f"the study file {path} is damaged .*puts the newest snapshot back"
     with pytest.raises(SearchError, match=rule) as caught:
         open_(f"sqlite:///{path}", "mine")
     assert caught.value.exit_code == EXIT_DAMAGED
