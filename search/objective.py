@@ -40,12 +40,12 @@ class KerasTasks:
     def __init__(self, study: Study, settings: Message):
         self._study = study
         self._settings = settings
-        self._data = TrainingData(
-            settings["dataset"],
-            Path(settings["folder"]) / folders.FEATURES,
-            settings["cache_size"],
-        )
         self.precision = backend.use_precision(settings["precision"])
+
+    @cached_property
+    def _data(self) -> TrainingData:
+        folder = Path(self._settings["folder"]) / folders.FEATURES
+        return TrainingData(self._settings["dataset"], folder, self._settings["cache_size"])
 
     @cached_property
     def _dataset(self) -> datasets.Dataset:

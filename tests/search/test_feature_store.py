@@ -161,7 +161,7 @@ def test_they_are_mapped_and_can_be_trained_on(tmp_path):
         told = parts.rest.fit(batches, steps_per_epoch=8, shuffle=False, verbose=0)
         assert parts.rest.evaluate(backend.validation_batches(rows, y), verbose=0)[1] > 0
     assert told.history["loss"]
-    assert array.ctypes.data % features._ALIGNMENT == 0
+    assert array.ctypes.data % backend._ALIGNMENT == 0
 
 
 @pytest.mark.parametrize(

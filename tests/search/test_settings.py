@@ -54,6 +54,7 @@ def test_what_a_study_keeps_is_all_plain():
         "batch_size": 128,
         "seed": 3,
         "kind": "space",
+        "weights": None,
     }
 
 

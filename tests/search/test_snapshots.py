@@ -86,7 +86,7 @@ def test_a_sound_study_is_left_alone(database):
 
 def test_without_a_snapshot_it_says_so(database):
     truncate(database)
-    with pytest.raises(SearchError, match="no sound snapshot lies in .*snapshots"):
+    with pytest.raises(SearchError, match=r"no sound snapshot lies in .*snapshots"):
         restore(database)
 
 
