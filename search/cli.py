@@ -202,6 +202,28 @@ def show(study: str, out: Path | None, storage: str | None, top: int) -> None:
 @_study
 @_out
 @_storage
+@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True,
+              help="Or the next one that is free.")
+@click.option("--no-browser", is_flag=True, help="Print the address only.")
+def dashboard(
+    study: str, out: Path | None, storage: str | None, port: int, no_browser: bool
+) -> None:
+    """Optuna's dashboard over a run, read only, while it runs or after.
+
+    \b
+    Example:
+      fmnist-search dashboard --study cnn
+    """
+    opened, _ = _opened(study, out, storage)
+    from search import dashboard
+
+    dashboard.serve(opened, port, browser=not no_browser, say=click.echo)
+
+
+@cli.command(context_settings=_CONTEXT)
+@_study
+@_out
+@_storage
 @_running
 def retrain(study: str, out: Path | None, **options: Any) -> None:
     """Retrain the winners of a run and test them, without further trials.

@@ -81,7 +81,7 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
         f"fmnist-search show {same_run}",
         f"fmnist-search export {same_run}",
         *([f"fmnist-search predict {same_run} IMAGE.png"] if can_predict else []),
-        f"optuna-dashboard {outcome.url}",
+        f"fmnist-search dashboard {same_run}",
     ):
         _console.print(f"  {command}", soft_wrap=True)
 
