@@ -202,8 +202,13 @@ def show(study: str, out: Path | None, storage: str | None, top: int) -> None:
 @_study
 @_out
 @_storage
-@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True,
-              help="Or the next one that is free.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=8080,
+    show_default=True,
+    help="Or the next one that is free.",
+)
 @click.option("--no-browser", is_flag=True, help="Print the address only.")
 def dashboard(
     study: str, out: Path | None, storage: str | None, port: int, no_browser: bool

@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from search import pruning, results, sampling
+from search import notes, pruning, results, sampling
 from search.errors import SearchError
 from search.pool import Event, Pool, Slot
 from search.progress import View
@@ -61,6 +61,7 @@ class Coordinator:
         self._pruner = pruning.pruner(
             settings.pruner, settings.first_rung, settings.reduction_factor
         )
+        notes.save_missing(study)
         trials = self._trials()
         usable = (TrialState.COMPLETE, TrialState.PRUNED)
         self._num_finished = sum(trial.state.is_finished() for trial in trials)
@@ -207,12 +208,20 @@ class Coordinator:
         )
         if self._logs.is_on:
             self._logs.end(f"trial-{trial.number}", ending["state"], value, trial.params)
+        self._note(trial.number)
         self._view.finished(state, trial.number, value)
         self._view.saved = results.saved_share(self._study)
         if state != "fail":
             self._failures = None
         elif self._failures is not None:
             self._stop_if_all_fail(self._failures, ending["reason"], detail)
+
+    def _note(self, number: int) -> None:
+        trial = self._trials()[number]
+        standing = None
+        if trial.state == TrialState.PRUNED and hasattr(self._pruner, "standing"):
+            standing = self._pruner.standing(self._study, trial)
+        notes.save_of_trial(self._study, trial, standing)
 
     def _stop_if_all_fail(self, failures: list[str], reason: str, detail: str) -> None:
         # Alike but for the numbers in it: a point's values often stand in the message.

@@ -127,7 +127,7 @@ class _OneLine(logging.Formatter):
 
 
 def _be_quiet() -> None:
-    """Let the search go first, and keep what Optuna says of plots it can't draw off the terminal."""
+    """Let the search go first; no warnings of plots for which there are too few trials."""
     os.nice(_NICENESS)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")

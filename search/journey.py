@@ -27,6 +27,7 @@ from search import (
     devices,
     export,
     folders,
+    notes,
     results,
     storage,
     weights,
@@ -190,6 +191,7 @@ class _Journey:
                 "file_sha256": artifacts.sha256(self._entry.file),
             },
         )
+        notes.name_metric(self._study)
         logger.info(
             "study %s: %d trials, %s, %d %s%s",
             settings.name,
@@ -292,6 +294,7 @@ class _Journey:
             "artifacts",
             {str(path.relative_to(self._folder)): artifacts.sha256(path) for path in written},
         )
+        notes.save_answer(self._study, figures)
         self._study.set_user_attr("measured", self._measured(jobs))
         return figures
 
