@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import signal
 import socketserver
 import sys
 import threading
@@ -79,7 +80,7 @@ def bind(port: int) -> WSGIServer:
 
 
 def serve(study: optuna.Study, port: int, *, browser: bool, say: Callable[[str], object]) -> None:
-    """Show a study until Ctrl-C.
+    """Show a study until Ctrl-C; called by the main thread.
 
     Args:
         study: opened read only; others in the same file are shown too.
@@ -87,7 +88,16 @@ def serve(study: optuna.Study, port: int, *, browser: bool, say: Callable[[str],
         browser: open it there.
         say: is told the address when it answers.
     """
-    server = bind(port)
+    # Also where a script has put the command in the background, which would let it ignore Ctrl-C.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), bind(port) as server:
+        _serve(server, study, port, browser, say)
+
+
+def _serve(
+    server: WSGIServer, study: optuna.Study, port: int, browser: bool, say: Callable[[str], object]
+) -> None:
     _be_quiet()
     import optuna_dashboard  # seconds: plotly, scikit-learn
 
@@ -97,8 +107,7 @@ def serve(study: optuna.Study, port: int, *, browser: bool, say: Callable[[str],
     say(f"{taken}{study.study_name!r} is shown at {address} (read only; Ctrl-C ends it)")
     if browser and _has_browser():
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-    with server, contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
+    server.serve_forever()
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
