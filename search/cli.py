@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from search.errors import EXIT_USAGE, SearchError
+from search.errors import EXIT_USAGE, EXIT_USER_ERROR, SearchError
 
 if TYPE_CHECKING:
     import optuna
@@ -340,6 +340,34 @@ def predict(
     folder = out or Path("runs") / entry.name
     rows = inference.classify(folder, entry.file, images, model=model, invert=invert)
     listing.print_classified(rows)
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.option("--dataset", metavar="NAME|FILE.npz|DIR", default="fashion_mnist", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Where runs are kept, or a run's folder.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor(dataset: str, out: Path, as_json: bool) -> None:
+    """Whether this machine has what a search needs; exit code 1 if not.
+
+    \b
+    Example:
+      fmnist-search doctor
+    """
+    from search import doctor, listing
+
+    findings = doctor.examine(dataset, out)
+    if as_json:
+        click.echo(doctor.to_json(findings))
+    else:
+        listing.print_findings(findings)
+    if not doctor.is_well(findings):
+        sys.exit(EXIT_USER_ERROR)
 
 
 def main() -> None:

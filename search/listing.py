@@ -9,9 +9,11 @@ from typing import Any
 import optuna
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from search import results, storage
 from search.catalogue import Entry
+from search.doctor import Finding
 from search.errors import SearchError
 from search.inference import Classified
 from search.journey import Outcome
@@ -111,6 +113,24 @@ def print_classified(rows: list[Classified]) -> None:
         rest = ", ".join(f"{other} {share:.1%}" for other, share in others)
         table.add_row(row.image, name, f"{confidence:.1%}", rest)
     _console.print(table)
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """What `doctor` found, each with its fix below."""
+    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        fix = f"\n-> {finding.fix}" if finding.fix else ""
+        state = Text(finding.state, styles[finding.state])
+        table.add_row(state, finding.subject, Text(finding.what + fix))
+    _console.print(table)
+    states = [finding.state for finding in findings]
+    counts = {"problem": states.count("problem"), "warning": states.count("warning")}
+    told = [f"{count} {state}{'s' * (count > 1)}" for state, count in counts.items() if count]
+    _console.print(", ".join(told) or "All is well.")
 
 
 def _print_winners(figures: dict[str, Any]) -> None:
