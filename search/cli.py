@@ -185,17 +185,37 @@ def studies(runs: Path) -> None:
 @_study
 @_out
 @_storage
-@click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Trials shown.")
-def show(study: str, out: Path | None, storage: str | None, top: int) -> None:
-    """The leaderboard of a run, while it runs or after.
+@click.option("--top", type=click.IntRange(1), help="Trials shown.  [default: 20; json: all]")
+@click.option("--trial", type=click.IntRange(0), help="This one in full, with its learning curve.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def show(
+    study: str,
+    out: Path | None,
+    storage: str | None,
+    top: int | None,
+    trial: int | None,
+    as_json: bool,
+) -> None:
+    """The leaderboard of a run, or one trial in full, while it runs or after.
 
     \b
     Example:
       fmnist-search show --study cnn --top 10
+      fmnist-search show --study cnn --trial 12
     """
-    from search import listing
+    from search import listing, results
 
-    listing.print_leaderboard(*_opened(study, out, storage), top)
+    if trial is not None and top is not None:
+        raise click.UsageError("--top and --trial exclude each other")
+    opened, folder = _opened(study, out, storage)
+    if trial is not None:
+        found = results.detail(opened, trial)
+        click.echo(listing.to_json(found)) if as_json else listing.print_trial(opened, found)
+        return
+    if as_json:
+        click.echo(listing.to_json([row._asdict() for row in results.rows(opened)[:top]]))
+        return
+    listing.print_leaderboard(opened, folder, top or 20)
 
 
 @cli.command(context_settings=_CONTEXT)
