@@ -79,6 +79,7 @@ class Coordinator:
         """
         budget = self._settings.time_budget
         end = math.inf if budget is None else time.monotonic() + budget
+        self._view.ends_at(end)
         while self._num_finished < self._settings.trials and time.monotonic() < end:
             for slot in pool.idle():
                 if trial := self._next():
@@ -209,7 +210,9 @@ class Coordinator:
         if self._logs.is_on:
             self._logs.end(f"trial-{trial.number}", ending["state"], value, trial.params)
         self._note(trial.number)
-        self._view.finished(state, trial.number, value)
+        self._view.finished(
+            state, trial.number, value, reports=ending["step"], seconds=ending["seconds"]
+        )
         self._view.saved = results.saved_share(self._study)
         if state != "fail":
             self._failures = None

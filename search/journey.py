@@ -244,9 +244,11 @@ class _Journey:
         assert study is not None
         assert run is not None
         self._view.begin("searching", settings.trials, run["num_reports"])
-        for row in results.rows(study):
+        for row in sorted(results.rows(study), key=lambda row: row.number):
             if row.state in ("complete", "pruned", "fail"):
-                self._view.finished_before(row.state, row.number, row.value)
+                self._view.finished(
+                    row.state, row.number, row.value, reports=row.reports, seconds=row.seconds
+                )
         self._view.saved = results.saved_share(study)
         Coordinator(study, settings, run["known_points"], self._view, logs).search(pool)
         if self._num_finished() >= settings.trials and not results.winners(study, 1):

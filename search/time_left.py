@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# The first trials are not taken for usual ones: a quarter of those so far, at most so many. A guess.
+# The first trials are not usual ones: a quarter of those so far, at most so many. A guess.
 _FIRST = 6
 _ENOUGH = 4  # finished trials to go by
 _MAX_DRAWN = 400  # trials that are laid out one by one; of more, each stands for several
