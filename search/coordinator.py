@@ -198,11 +198,12 @@ class Coordinator:
         value, state = ending["value"], ending["state"].lower()
         self._num_finished += 1
         logger.info(
-            "trial %d %s %s after %d reports, %.0f s; %d of %d finished",
+            "trial %d %s %s after %d report%s, %.0f s; %d of %d finished",
             trial.number,
             state,
             f"({ending['reason']})" if value is None else f"{value:.4f}",
             ending["step"],
+            "" if ending["step"] == 1 else "s",
             ending["seconds"],
             self._num_finished,
             self._settings.trials,

@@ -23,7 +23,8 @@ from search.time_left import Finished, Running, time_left
 
 STATES = ("complete", "pruned", "fail")
 NUM_EVENTS = 4
-_WIDE, _NARROW = 72, 48  # columns at which the devices and the speed, the accuracy are left out
+# Below so many columns devices, speeds and the bar are left out; and the accuracy.
+_WIDE, _NARROW = 72, 48
 _BAR = 24
 _SPARKLINE = 40
 
@@ -123,7 +124,7 @@ def _workers(picture: Picture, slots: Sequence[Slot], width: int) -> Table:
 def _progress(picture: Picture, slots: Sequence[Slot], options: ConsoleOptions) -> Text:
     done = sum(picture.counts.values())
     text = Text(f"{picture.title}: {done} of {picture.goal}", style="bold")
-    if options.max_width >= _NARROW and picture.goal:
+    if options.max_width >= _WIDE and picture.goal:
         full, empty = "#-" if options.ascii_only else "━─"
         filled = min(_BAR, _BAR * done // picture.goal)
         text.append(f"  {full * filled}", style="green").append(empty * (_BAR - filled), "dim")
