@@ -124,6 +124,8 @@ class _Journey:
         pool = Pool(LocalEngine(self._folder / "logs"), devices_, opening)
         logs = open_logs(self._options.get("log"), self._folder)
         with signals_to(pool), closing(logs), pool:
+            self._view.begin("starting workers", 0)
+            self._view.refresh(pool.slots)
             settings = self._begin(pool)
             if settings.kind == "comparison":
                 self._compare(pool, settings)

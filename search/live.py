@@ -56,7 +56,9 @@ def frame(picture: Picture, slots: Sequence[Slot], options: ConsoleOptions) -> G
     shown = [_one_line(line) for line in lines if line]
     # A heading, a line for those left out, and the line of the cursor.
     rows = max(1, options.size.height - len(shown) - 3)
-    parts: list[Table | Text] = [_workers(picture, slots[:rows], options.max_width)]
+    parts: list[Table | Text] = []
+    if slots:
+        parts.append(_workers(picture, slots[:rows], options.max_width))
     if len(slots) > rows:
         parts.append(_one_line(Text(f"... and {len(slots) - rows} more", style="dim")))
     return Group(*parts, *shown)
@@ -122,9 +124,11 @@ def _workers(picture: Picture, slots: Sequence[Slot], width: int) -> Table:
 
 
 def _progress(picture: Picture, slots: Sequence[Slot], options: ConsoleOptions) -> Text:
+    if not picture.goal:
+        return Text(picture.title, style="bold")
     done = sum(picture.counts.values())
     text = Text(f"{picture.title}: {done} of {picture.goal}", style="bold")
-    if options.max_width >= _WIDE and picture.goal:
+    if options.max_width >= _WIDE:
         full, empty = "#-" if options.ascii_only else "━─"
         filled = min(_BAR, _BAR * done // picture.goal)
         text.append(f"  {full * filled}", style="green").append(empty * (_BAR - filled), "dim")

@@ -44,6 +44,7 @@ class View:
         self._verbosity = verbosity
         self._picture = Picture()
         self._size = self.console.size
+        self._slots: list[Slot] = []
         self._drawn = 0.0  # monotonic seconds, of the last frame
         self.saved = 0.0  # share of the training that pruning saved
 
@@ -102,18 +103,24 @@ class View:
             picture.finished.append(Finished(number, seconds, reports))
         if value is not None and (picture.best is None or value > picture.best[0]):
             picture.best = (value, number)
-        if picture.best is not None:
+        is_trial = value is not None or state != "complete"  # else a winner, trained or measured
+        if picture.best is not None and is_trial:
             picture.bests.append(picture.best[0])
 
     def said(self, event: str) -> None:
         """A line for the last few events."""
         self._picture.events.append(f"{time.strftime('%H:%M:%S')} {event}")
+        if self._is_live:
+            self._draw()
 
     def refresh(self, slots: list[Slot]) -> None:
-        now = time.monotonic()
-        if not self._is_live or now - self._drawn < _PERIOD:
-            return
-        self._drawn = now
+        """Show the workers as they are; called often, drawn four times a second."""
+        self._slots = slots
+        if self._is_live and time.monotonic() - self._drawn >= _PERIOD:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
         if self.console.size != self._size:
             self._size = self.console.size
             # The terminal has wrapped the last frame's lines anew: how many it has now is unknown.
@@ -121,7 +128,7 @@ class View:
             self.console.clear()
             self._live.start()
         self._picture.saved = self.saved
-        self._live.update(frame(self._picture, slots, self.console.options), refresh=True)
+        self._live.update(frame(self._picture, self._slots, self.console.options), refresh=True)
 
     def _handler(self) -> logging.Handler:
         if self._is_live:

@@ -116,6 +116,12 @@ def test_before_anything_is_known():
     assert len(lines) == 4
 
 
+def test_while_the_workers_start():
+    lines = rendered(Picture("starting workers"), [Slot(0, Device(1))], 80)
+    assert [line.strip() for line in lines[1:]] == ["0 (1 cpu)  starting", "starting workers"]
+    assert rendered(Picture(), [], 80) == []
+
+
 def test_where_only_ascii_can_be_written():
     console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=80, height=24)
     console.print(frame(picture(), slots(), console.options))
@@ -173,8 +179,13 @@ def test_its_parts_go_on_from_one_another():
     view.finished("pruned", 1, None, reports=1, seconds=2.0)
     view.said("an event")
     view.begin("training", 3)
+    view.finished("complete", 0, None, seconds=9.0)
     made = view._picture
-    assert (made.title, sum(made.counts.values()), made.finished) == ("training", 0, [])
+    assert (made.title, sum(made.counts.values()), made.finished) == (
+        "training",
+        1,
+        [Finished(0, 9.0, 0)],
+    )
     assert (made.best, made.bests) == ((0.5, 0), [0.5, 0.5])
     assert made.events[0].endswith("an event")
 
