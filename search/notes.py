@@ -219,7 +219,8 @@ def _scaled(number: float) -> str:
 
 def _table(headings: Sequence[str], rows: Any) -> Iterator[str]:
     yield f"| {' | '.join(headings)} |"
-    yield f"|{' --- |' * len(headings)}"
+    right = " ---: |" if len(headings) > 2 else " --- |"  # figures below one another
+    yield f"| --- |{right * (len(headings) - 1)}"
     for row in rows:
         yield f"| {' | '.join(str(cell) for cell in row)} |"
 
