@@ -131,7 +131,7 @@ def test_curves():
         "1.0000 ┤          ●",
         "       ┤",
         "0.0000 ┤●         ·",
-        "        1  report 2",
+        "        1 report  2",
         "        ● val   · train",
     ]
 
