@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from search.errors import EXIT_USAGE, SearchError
+from search.errors import EXIT_USAGE, EXIT_USER_ERROR, SearchError
 
 if TYPE_CHECKING:
     import optuna
@@ -189,17 +189,64 @@ def studies(runs: Path) -> None:
 @_study
 @_out
 @_storage
-@click.option("--top", type=click.IntRange(1), default=20, show_default=True, help="Trials shown.")
-def show(study: str, out: Path | None, storage: str | None, top: int) -> None:
-    """The leaderboard of a run, while it runs or after.
+@click.option("--top", type=click.IntRange(1), help="Trials shown.  [default: 20; json: all]")
+@click.option("--trial", type=click.IntRange(0), help="This one in full, with its learning curve.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def show(
+    study: str,
+    out: Path | None,
+    storage: str | None,
+    top: int | None,
+    trial: int | None,
+    as_json: bool,
+) -> None:
+    """The leaderboard of a run, or one trial in full, while it runs or after.
 
     \b
     Example:
       fmnist-search show --study cnn --top 10
+      fmnist-search show --study cnn --trial 12
     """
-    from search import listing
+    from search import listing, results
 
-    listing.print_leaderboard(*_opened(study, out, storage), top)
+    if trial is not None and top is not None:
+        raise click.UsageError("--top and --trial exclude each other")
+    opened, folder = _opened(study, out, storage)
+    if trial is not None:
+        found = results.detail(opened, trial)
+        click.echo(listing.to_json(found)) if as_json else listing.print_trial(opened, found)
+        return
+    if as_json:
+        click.echo(listing.to_json([row._asdict() for row in results.rows(opened)[:top]]))
+        return
+    listing.print_leaderboard(opened, folder, top or 20)
+
+
+@cli.command(context_settings=_CONTEXT)
+@_study
+@_out
+@_storage
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=8080,
+    show_default=True,
+    help="Or the next one that is free.",
+)
+@click.option("--no-browser", is_flag=True, help="Print the address only.")
+def dashboard(
+    study: str, out: Path | None, storage: str | None, port: int, no_browser: bool
+) -> None:
+    """Optuna's dashboard over a run, read only, while it runs or after.
+
+    \b
+    Example:
+      fmnist-search dashboard --study cnn
+    """
+    opened, _ = _opened(study, out, storage)
+    from search import dashboard
+
+    dashboard.serve(opened, port, browser=not no_browser, say=click.echo)
 
 
 @cli.command(context_settings=_CONTEXT)
@@ -377,6 +424,34 @@ def predict(
     folder = out or Path("runs") / entry.name
     rows = inference.classify(folder, entry.file, images, model=model, invert=invert)
     listing.print_classified(rows)
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.option("--dataset", metavar="NAME|FILE.npz|DIR", default="fashion_mnist", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Where runs are kept, or a run's folder.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor(dataset: str, out: Path, as_json: bool) -> None:
+    """Whether this machine has what a search needs; exit code 1 if not.
+
+    \b
+    Example:
+      fmnist-search doctor
+    """
+    from search import doctor, listing
+
+    findings = doctor.examine(dataset, out)
+    if as_json:
+        click.echo(doctor.to_json(findings))
+    else:
+        listing.print_findings(findings)
+    if not doctor.is_well(findings):
+        sys.exit(EXIT_USER_ERROR)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from search import folders, pruning, results, sampling
+from search import folders, notes, pruning, results, sampling
 from search.errors import SearchError
 from search.pool import Event, Pool, Slot
 from search.progress import View
@@ -66,6 +66,7 @@ class Coordinator:
         self._pruner = pruning.pruner(
             settings.pruner, settings.first_rung, settings.reduction_factor
         )
+        notes.save_missing(study)
         trials = self._trials()
         usable = (TrialState.COMPLETE, TrialState.PRUNED)
         self._num_finished = sum(trial.state.is_finished() for trial in trials)
@@ -83,6 +84,7 @@ class Coordinator:
         """
         budget = self._settings.time_budget
         end = math.inf if budget is None else time.monotonic() + budget
+        self._view.ends_at(end)
         while self._num_finished < self._settings.trials and time.monotonic() < end:
             for slot in pool.idle():
                 if trial := self._next():
@@ -214,23 +216,34 @@ class Coordinator:
             Path(checkpoint).unlink(missing_ok=True)
         self._num_finished += 1
         logger.info(
-            "trial %d %s %s after %d reports, %.0f s; %d of %d finished",
+            "trial %d %s %s after %d report%s, %.0f s; %d of %d finished",
             trial.number,
             state,
             f"({ending['reason']})" if value is None else f"{value:.4f}",
             ending["step"],
+            "" if ending["step"] == 1 else "s",
             ending["seconds"],
             self._num_finished,
             self._settings.trials,
         )
         if self._logs.is_on:
             self._logs.end(f"trial-{trial.number}", ending["state"], value, trial.params)
-        self._view.finished(state, trial.number, value)
+        self._note(trial.number)
+        self._view.finished(
+            state, trial.number, value, reports=ending["step"], seconds=ending["seconds"]
+        )
         self._view.saved = results.saved_share(self._study)
         if state != "fail":
             self._failures = None
         elif self._failures is not None:
             self._stop_if_all_fail(self._failures, ending["reason"], detail)
+
+    def _note(self, number: int) -> None:
+        trial = self._trials()[number]
+        standing = None
+        if trial.state == TrialState.PRUNED and hasattr(self._pruner, "standing"):
+            standing = self._pruner.standing(self._study, trial)
+        notes.save_of_trial(self._study, trial, standing)
 
     def _stop_if_all_fail(self, failures: list[str], reason: str, detail: str) -> None:
         # Alike but for the numbers in it: a point's values often stand in the message.

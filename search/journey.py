@@ -26,6 +26,7 @@ from search import (
     devices,
     export,
     folders,
+    notes,
     results,
     storage,
     weights,
@@ -124,6 +125,8 @@ class _Journey:
         pool = Pool(engine, devices_, opening, self._options.get("silence"))
         logs = open_logs(self._options.get("log"), self._folder)
         with signals_to(pool), closing(logs), pool:
+            self._view.begin("starting workers", 0)
+            self._view.refresh(pool.slots)
             settings = self._begin(pool)
             if settings.kind == "comparison":
                 self._compare(pool, settings)
@@ -191,6 +194,7 @@ class _Journey:
                 "file_sha256": artifacts.sha256(self._entry.file),
             },
         )
+        notes.name_metric(self._study)
         logger.info(
             "study %s: %d trials, %s, %d %s%s",
             settings.name,
@@ -243,9 +247,11 @@ class _Journey:
         assert study is not None
         assert run is not None
         self._view.begin("searching", settings.trials, run["num_reports"])
-        for row in results.rows(study):
+        for row in sorted(results.rows(study), key=lambda row: row.number):
             if row.state in ("complete", "pruned", "fail"):
-                self._view.finished_before(row.state, row.number, row.value)
+                self._view.finished(
+                    row.state, row.number, row.value, reports=row.reports, seconds=row.seconds
+                )
         self._view.saved = results.saved_share(study)
         snapshots = Snapshots(storage.database_path(self._url))
         points = run["known_points"]
@@ -296,6 +302,7 @@ class _Journey:
             "artifacts",
             {str(path.relative_to(self._folder)): artifacts.sha256(path) for path in written},
         )
+        notes.save_answer(self._study, figures)
         self._study.set_user_attr("measured", self._measured(jobs))
         return figures
 

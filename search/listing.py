@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from search import results, storage
+from search import results, storage, textplot
 from search.catalogue import Entry
+from search.doctor import Finding
 from search.errors import SearchError
 from search.inference import Classified
 from search.journey import Outcome
@@ -20,6 +26,9 @@ from search.repeat import Repeated
 
 # Into a file or a pipe, a table is as wide as it needs to be.
 _console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+# Of a report: the value that is pruned by, and that of the training images.
+_CURVES = {"value": "validation", "accuracy": "training"}
+_COUNTS = ("parameters", "flops")
 _FIGURES = ("accuracy", "loss", "precision", "recall", "f1", "roc_auc")
 
 
@@ -33,7 +42,7 @@ def print_studies(entries: list[Entry], runs: Path) -> None:
         if file.parent.name not in summaries
     }
     for name, summary in summaries.items():
-        table.add_row(name, summary, _run_of(runs / name, name))
+        table.add_row(escape(name), escape(summary), _run_of(runs / name, name))
     _console.print(table)
 
 
@@ -53,13 +62,52 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
             str(row.reports),
             "" if row.seconds is None else f"{row.seconds:.0f}",
             str(row.attempts),
-            row.reason,
-            ", ".join(f"{k}={_short(v)}" for k, v in row.params.items() if k in params),
+            escape(row.reason),
+            escape(", ".join(f"{k}={_short(v)}" for k, v in row.params.items() if k in params)),
         )
     _console.print(table)
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     _console.print(f"{len(rows)} trials in {folder}: {counts}")
+
+
+def print_trial(study: optuna.Study, trial: dict[str, Any]) -> None:
+    """One trial in full, as `results.detail` gives it."""
+    of = study.user_attrs.get("run", {}).get("num_reports")
+    line = f"[bold]trial {trial['number']}[/bold] of {escape(study.study_name)}: {trial['state']}"
+    if trial["value"] is not None:
+        line += f", [bold]{trial['value']:.4f}[/bold]"
+    line += f", {len(trial['reports'])}{f' of {of}' if of else ''} reports"
+    _console.print(line + (", a known point" if trial["known_point"] else ""))
+    if trial["reason"]:
+        _console.print(Text(trial["reason"]))
+    _print_pairs("params", trial["params"])
+    _print_pairs("figures", trial["figures"])
+    if trial["attempts"]:
+        _console.print()
+        _console.print(_attempts(trial["attempts"]))
+    series = {name: [report.get(name) for report in trial["reports"]] for name in _CURVES}
+    names = {name: label for name, label in _CURVES.items() if any(series[name])}
+    if plot := textplot.curves(
+        {names[name]: series[name] for name in names}, width=min(_console.width, 80)
+    ):
+        _console.print("\nlearning curve", style="bold")
+        for row in plot:
+            _console.print(Text(row), no_wrap=True)
+    if trial["retrained"]:
+        _console.print("\nretrained", style="bold")
+    for stem, record in trial["retrained"].items():
+        said = record.get("diverged") or f"{record.get('trained_epochs', 0):.1f} epochs"
+        _console.print(Text(f"{stem}: {said} {record.get('model', '')}"))
+    for name in ("traceback", "stderr"):
+        if trial[name]:
+            _console.print(f"\n{name}", style="bold")
+            _console.print(Text(trial[name]))
+
+
+def to_json(content: Any) -> str:
+    """Strict JSON: what is not finite, such as the loss of a trial that diverged, is null."""
+    return json.dumps(_finite(content), indent=2)
 
 
 def print_outcome(outcome: Outcome, same_run: str) -> None:
@@ -82,7 +130,7 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
         f"fmnist-search show {same_run}",
         f"fmnist-search export {same_run}",
         *([f"fmnist-search predict {same_run} IMAGE.png"] if can_predict else []),
-        f"optuna-dashboard {outcome.url}",
+        f"fmnist-search dashboard {same_run}",
     ):
         _console.print(f"  {command}", soft_wrap=True)
 
@@ -130,8 +178,26 @@ def print_classified(rows: list[Classified]) -> None:
     for row in rows:
         (name, confidence), *others = row.classes[:3]
         rest = ", ".join(f"{other} {share:.1%}" for other, share in others)
-        table.add_row(row.image, name, f"{confidence:.1%}", rest)
+        table.add_row(escape(row.image), escape(name), f"{confidence:.1%}", escape(rest))
     _console.print(table)
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """What `doctor` found, each with its fix below."""
+    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        fix = f"\n-> {finding.fix}" if finding.fix else ""
+        state = Text(finding.state, styles[finding.state])
+        table.add_row(state, finding.subject, Text(finding.what + fix))
+    _console.print(table)
+    states = [finding.state for finding in findings]
+    counts = {"problem": states.count("problem"), "warning": states.count("warning")}
+    told = [f"{count} {state}{'s' * (count > 1)}" for state, count in counts.items() if count]
+    _console.print(", ".join(told) or "All is well.")
 
 
 def _print_winners(figures: dict[str, Any]) -> None:
@@ -200,6 +266,49 @@ def _point_name(params: dict[str, Any]) -> str:
     if len(params) == 1:
         return str(*params.values())
     return ", ".join(f"{name}={_short(value)}" for name, value in params.items())
+
+
+def _print_pairs(heading: str, pairs: dict[str, Any]) -> None:
+    if not pairs:
+        return
+    _console.print(f"\n{heading}", style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for name, value in pairs.items():
+        shown = f"{value:,}" if isinstance(value, int) and name in _COUNTS else _short(value)
+        table.add_row(Text(name), Text(shown))
+    _console.print(table)
+
+
+def _attempts(attempts: list[dict[str, Any]]) -> Table:
+    table = _table("attempt", "host", "device", "process", "began", "ended", "how")
+    for number, attempt in enumerate(attempts, 1):
+        table.add_row(
+            str(number),
+            *(str(attempt.get(name, "")) for name in ("host", "device", "process")),
+            *(_clock(attempt.get(name)) for name in ("start", "end")),
+            " ".join(filter(None, [attempt.get("reason", "runs"), _first(attempt.get("detail"))])),
+        )
+    return table
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _first(text: str | None) -> str:
+    return f"({text.splitlines()[0]})" if text else ""
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return value
 
 
 def _run_of(folder: Path, name: str) -> str:

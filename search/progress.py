@@ -14,16 +14,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
-from rich.table import Table
-from rich.text import Text
 
+from search.live import Picture, duration, frame
 from search.pool import Slot
+from search.time_left import Finished
+
+__all__ = ["View", "duration"]
 
 logger = logging.getLogger("search")
-_STATES = ("complete", "pruned", "fail")
+_PERIOD = 0.25  # seconds between two frames
 
 
 class View:
@@ -35,22 +37,23 @@ class View:
 
     def __init__(self, verbosity: int = 0):
         self.console = Console(stderr=True, highlight=False)
-        self._live = Live(console=self.console, refresh_per_second=4, transient=True)
-        self._is_live = self.console.is_terminal and verbosity >= 0
+        # Drawn by `refresh` alone: a thread's frame could be laid out for another width.
+        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+        is_terminal = self.console.is_terminal and not self.console.is_dumb_terminal
+        self._is_live = is_terminal and verbosity >= 0
         self._verbosity = verbosity
-        self._title = ""
-        self._goal = 0
-        self._num_reports = 0
-        self._counts = dict.fromkeys(_STATES, 0)
-        self._best: tuple[float, int] | None = None  # value, trial
+        self._picture = Picture()
+        self._size = self.console.size
+        self._slots: list[Slot] = []
+        self._drawn = 0.0  # monotonic seconds, of the last frame
         self.saved = 0.0  # share of the training that pruning saved
-        self._began = time.monotonic()
-        self._done_before = 0
 
     def __enter__(self) -> Self:
         logger.setLevel(logging.DEBUG)  # each handler shows what it is there for
         logger.addHandler(self._handler())
         if self._is_live:
+            if self._verbosity == 0:  # above, they stand over the view
+                logger.addHandler(_Events(self))
             self._live.start()
         return self
 
@@ -74,61 +77,58 @@ class View:
 
     def begin(self, title: str, goal: int, num_reports: int = 0) -> None:
         """A new part of the run: so many things to finish, of so many reports each."""
-        self._title, self._goal, self._num_reports = title, goal, num_reports
-        self._counts = dict.fromkeys(_STATES, 0)
-        self._done_before, self._began, self.saved = 0, time.monotonic(), 0.0
+        before = self._picture
+        self._picture = Picture(
+            title, goal, num_reports, best=before.best, bests=before.bests, events=before.events
+        )
+        self.saved = 0.0
 
-    def finished_before(self, state: str, number: int, value: float | None) -> None:
-        """What an earlier run has done: counted, but not for the time left."""
-        self.finished(state, number, value)
-        self._done_before += 1
+    def ends_at(self, deadline: float) -> None:
+        """This part ends then, done or not; monotonic seconds."""
+        self._picture.deadline = deadline
 
-    def finished(self, state: str, number: int, value: float | None) -> None:
-        self._counts[state] += 1
-        if value is not None and (self._best is None or value > self._best[0]):
-            self._best = (value, number)
+    def finished(
+        self,
+        state: str,
+        number: int,
+        value: float | None,
+        *,
+        reports: int = 0,
+        seconds: float | None = None,
+    ) -> None:
+        """Something has ended, now or before an earlier interruption, after so many reports."""
+        picture = self._picture
+        picture.counts[state] += 1
+        if seconds is not None:
+            picture.finished.append(Finished(number, seconds, reports))
+        if value is not None and (picture.best is None or value > picture.best[0]):
+            picture.best = (value, number)
+        is_trial = value is not None or state != "complete"  # else a winner, trained or measured
+        if picture.best is not None and is_trial:
+            picture.bests.append(picture.best[0])
+
+    def said(self, event: str) -> None:
+        """A line for the last few events."""
+        self._picture.events.append(f"{time.strftime('%H:%M:%S')} {event}")
+        if self._is_live:
+            self._draw()
 
     def refresh(self, slots: list[Slot]) -> None:
-        if self._is_live:
-            self._live.update(Group(self._workers(slots), self._summary()))
+        """Show the workers as they are; called often, drawn four times a second."""
+        self._slots = slots
+        if self._is_live and time.monotonic() - self._drawn >= _PERIOD:
+            self._draw()
 
-    def _workers(self, slots: list[Slot]) -> Table:
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for heading in ("worker", "does", "report", "accuracy", "images/s"):
-            table.add_column(heading, no_wrap=True)
-        for slot in slots:
-            status = slot.status
-            step, of = status.get("step"), status.get("of") or self._num_reports
-            value = status.get("value", status.get("accuracy"))
-            speed = status.get("images_per_second")
-            report = "" if step is None else f"{step}/{of}" if of else str(step)
-            table.add_row(
-                f"{slot.index} ({slot.device.label})",
-                status.get("what", "ready" if slot.ready else "starting"),
-                status.get("note") or report,
-                "" if value is None else f"{value:.4f}",
-                "" if speed is None else f"{speed:,.0f}",
-            )
-        return table
-
-    def _summary(self) -> Text:
-        done = sum(self._counts.values())
-        parts = [f"{self._title}: {done} of {self._goal}"]
-        parts += [f"{count} {state}" for state, count in self._counts.items() if count]
-        if self._best:
-            parts.append(f"best {self._best[0]:.4f} (trial {self._best[1]})")
-        if self.saved:
-            parts.append(f"{self.saved:.0%} of the epochs saved by pruning")
-        if left := self._time_left(done):
-            parts.append(f"about {left} left")
-        return Text(" | ".join(parts), style="bold")
-
-    def _time_left(self, done: int) -> str:
-        done_now = done - self._done_before
-        if done_now < 2:
-            return ""
-        seconds = (time.monotonic() - self._began) / done_now * (self._goal - done)
-        return duration(seconds)
+    def _draw(self) -> None:
+        self._drawn = time.monotonic()
+        if self.console.size != self._size:
+            self._size = self.console.size
+            # The terminal has wrapped the last frame's lines anew: how many it has now is unknown.
+            self._live.stop()
+            self.console.clear()
+            self._live.start()
+        self._picture.saved = self.saved
+        self._live.update(frame(self._picture, self._slots, self.console.options), refresh=True)
 
     def _handler(self) -> logging.Handler:
         if self._is_live:
@@ -141,9 +141,12 @@ class View:
         return lines
 
 
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `1 h 05 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+class _Events(logging.Handler):
+    """The log's lines, to the view."""
+
+    def __init__(self, view: View):
+        super().__init__(logging.INFO)
+        self._view = view
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._view.said(record.getMessage().splitlines()[0])

@@ -29,7 +29,7 @@ def collect() -> dict[str, Any]:
         "backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
         "commit": _commit(),
         "hardware": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": devices.cores(),
             "gpus": len(devices.gpus()),
         },
@@ -59,7 +59,8 @@ def _commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as its maker gives it where the system says so."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -6,8 +6,18 @@ it is asked again after a crash; this one reads the reports and nothing else.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+
+
+class Standing(NamedTuple):
+    """Where a trial stands among those that have come as far."""
+
+    place: int  # from 1; of equals, the first
+    of: int
+    going_on: int  # the best so many
 
 
 class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
@@ -32,9 +42,14 @@ class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
         self._reduction_factor = reduction_factor
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        standing = self.standing(study, trial)
+        return standing is not None and standing.place > standing.going_on
+
+    def standing(self, study: optuna.Study, trial: FrozenTrial) -> Standing | None:
+        """Its place at the rung of its last report; None off the rungs, or among too few."""
         rung = trial.last_step
         if rung is None or not self.is_rung(rung):
-            return False
+            return None
         maximise = study.direction == optuna.study.StudyDirection.MAXIMIZE
         others = [
             _best_until(other, rung, maximise)
@@ -43,12 +58,12 @@ class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
             and other.state not in (TrialState.FAIL, TrialState.WAITING)
             and rung in other.intermediate_values
         ]
-        places = (len(others) + 1) // self._reduction_factor
-        if not places:
-            return False
+        going_on = (len(others) + 1) // self._reduction_factor
+        if not going_on:
+            return None
         value = _best_until(trial, rung, maximise)
         ahead = sum(other > value if maximise else other < value for other in others)
-        return ahead >= places
+        return Standing(ahead + 1, len(others) + 1, going_on)
 
     def is_rung(self, step: int) -> bool:
         rung = self._first_rung

@@ -9,6 +9,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 
+_SHOWN_ELSEWHERE = ("known_point", "seconds")
+
 
 class Row(NamedTuple):
     """One trial."""
@@ -35,6 +37,50 @@ def rows(study: optuna.Study) -> list[Row]:
         return (1, -row.reports, -(row.last_value or 0.0), row.number)
 
     return sorted(all_rows, key=key)
+
+
+def detail(study: optuna.Study, number: int) -> dict[str, Any]:
+    """One trial in full, ready for JSON: times in seconds since 1970, figures as fractions.
+
+    Keys are those of a `Row`, less `reports` and `attempts`, which are lists here: what each report
+    and each attempt said; and known_point, figures (parameters, flops, images_per_second ...),
+    retrained (what is stored of each seed), traceback and stderr (text or None).
+
+    Raises:
+        SearchError: if there is no such trial.
+    """
+    trials = study.get_trials(deepcopy=False)
+    if number >= len(trials):
+        raise SearchError(
+            f"study {study.study_name!r} has no trial {number}; it has {len(trials)} trials, see "
+            "`fmnist-search show`",
+            exit_code=EXIT_USAGE,
+        )
+    trial = trials[number]
+    attrs = trial.user_attrs
+    history = attrs.get("history", {})
+    reports = [
+        {"report": step, "value": value, **history.get(str(step), {})}
+        for step, value in sorted(trial.intermediate_values.items())
+    ]
+    retrained = {
+        key.removeprefix("retrained:"): record
+        for key, record in study.user_attrs.items()
+        if key.startswith(f"retrained:trial-{number}-")
+    }
+    return _row(trial)._asdict() | {
+        "reports": reports,
+        "attempts": attrs.get("attempts", []),
+        "known_point": "known_point" in attrs,
+        "figures": {
+            name: value
+            for name, value in attrs.items()
+            if name not in _SHOWN_ELSEWHERE and isinstance(value, int | float)
+        },
+        "retrained": retrained,
+        "traceback": attrs.get("traceback"),
+        "stderr": attrs.get("stderr"),
+    }
 
 
 def winners(study: optuna.Study, top: int | None) -> list[FrozenTrial]:

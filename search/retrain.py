@@ -234,9 +234,11 @@ class Retraining:
                     f"{job.stem} failed: {message['reason']}", detail=message.get("traceback", "")
                 )
             assert event.task is not None
-            store(job, {**message, "seconds": time.monotonic() - event.task.started})
+            seconds = time.monotonic() - event.task.started
+            store(job, {**message, "seconds": seconds})
             self._save(job)
-            self._view.finished("complete", job.trial, None)
+            reports = slot.status.get("of") or 0
+            self._view.finished("complete", job.trial, None, reports=reports, seconds=seconds)
 
     def _training(self, job: Job) -> Message:
         return {

@@ -19,6 +19,7 @@ WRITES = (
     "set_trial_intermediate_value",
     "set_trial_state_values",
     "set_study_user_attr",
+    "set_study_system_attr",
 )
 
 

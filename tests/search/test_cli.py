@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("studies", "show", "retrain", "export", "train", "predict", "repair", "repeat")
+COMMANDS = (
+    *("studies", "show", "dashboard", "retrain", "export", "train", "predict", "repair", "repeat"),
+    "doctor",
+)
 QUICK = ["-m", "search"]
 
 
@@ -72,6 +75,8 @@ def test_studies_are_listed_with_their_question():
         (["--study", "cnn", "--storage", "postgresql://me:secret@h/db"], 2, ["sqlite:///"]),
         (["--study", "cnn", "--out", "file"], 1, ["--out file"]),
         (["--study", "cnn", "--out", "file/below"], 1, ["--out file/below"]),
+        (["dashboard", "--study", "cnn"], 1, ["no run of 'cnn'"]),
+        (["dashboard", "--study", "cnn", "--port", "0"], 2, ["--port", "0"]),
         (["show", "--study", "cnn"], 1, ["no run of 'cnn'", "fmnist-search --study cnn"]),
         (["retrain", "--study", "cnn"], 1, ["no run of 'cnn'"]),
         (["export", "--study", "cnn"], 1, ["no run of 'cnn'"]),

@@ -50,7 +50,7 @@ def search(url, tmp_path):
         script, *, name="mine", num_slots=1, known_points=(), at_start=None, prepare=None, **changed
     ):
         study = storage.open_study(url, name)
-        study.set_user_attr("run", {"num_reports": 5})
+        study.set_user_attr("run", {"num_reports": 5, "fixed": {"kind": "objective"}})
         if prepare:
             prepare(study)
         pool = ScriptedPool(script, num_slots)

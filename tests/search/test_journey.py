@@ -171,6 +171,16 @@ def test_optunas_dashboard_reads_the_study(run_folder):
         dashboard.wait()
 
 
+def test_the_winners_figures_stand_in_its_note(run_folder):
+    study = study_of(run_folder)
+    notes = study._storage.get_study_system_attrs(study._study_id)
+    best = study.best_trial
+    assert notes[f"dashboard:{best._trial_id}:note_str:0"].startswith("## Winner 1: test accuracy")
+    assert all(f"dashboard:{trial._trial_id}:note_ver" in notes for trial in study.trials)
+    assert notes["dashboard:note_str:0"].startswith(f"## Trial {best.number}: test accuracy")
+    assert study.metric_names == ["validation accuracy"]
+
+
 def get(url: str) -> dict:
     for _ in range(300):
         try:

@@ -1,0 +1,262 @@
+"""What Optuna's dashboard says of a trial in words: why it ended, how large and fast it was.
+
+    notes.save_of_trial(study, trial)          # the coordinator, when a trial has been told
+    notes.save_answer(study, figures)          # when the winners have been measured
+
+The dashboard opens the study read only, so that its notes are written here, into the system
+attributes where it looks for them (optuna_dashboard/_note.py); importing it takes seconds, which a
+coordinator does not have. A trial is told before its note is written: a kill between the two costs
+a note, which the next start adds, and never a trial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from search import results
+from search.pruning import Standing
+
+_MAX_LENGTH = 2045  # characters of one attribute, as optuna_dashboard splits them
+_MAX_CLASSES = 20  # of a confusion matrix in a note
+_METRIC_NAMES = "study:metric_names"  # what Study.set_metric_names writes, with a warning
+_UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def name_metric(study: optuna.Study) -> None:
+    """Tell Optuna's tools what a trial's value is."""
+    names = [_metric(study)]
+    if study.metric_names != names:
+        _set(study, _METRIC_NAMES, names)
+
+
+def save_of_trial(
+    study: optuna.Study, trial: FrozenTrial, standing: Standing | None = None
+) -> None:
+    """Write a finished trial's first note; the study's too where the trial is the best so far."""
+    # Told here that there is none: to ask the storage means to read every note of the study.
+    _save(study, trial._trial_id, _of_trial(study, trial, standing), before={})
+    best = results.winners(study, 1)
+    if best and best[0].number == trial.number:
+        _save(study, None, _best_so_far(study, trial), _attrs(study))
+
+
+def save_missing(study: optuna.Study) -> None:
+    """Write the notes that a kill has cut off, or that an earlier version did not know."""
+    before = _attrs(study)
+    missing = [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state.is_finished() and _version_key(trial._trial_id) not in before
+    ]
+    for trial in missing:
+        _save(study, trial._trial_id, _of_trial(study, trial, None), before)
+    if missing and (best := results.winners(study, 1)):
+        _save(study, None, _best_so_far(study, best[0]), before)
+
+
+def save_answer(study: optuna.Study, figures: Mapping[str, Any]) -> None:
+    """Write the winners' notes and the study's, from the figures of metrics.json."""
+    save_missing(study)
+    class_names = figures["dataset"]["class_names"]
+    trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
+    before = _attrs(study)
+    for rank, winner in enumerate(figures["winners"], 1):
+        trial = trials[winner["trial"]]
+        lines = [*_of_winner(winner, rank, class_names), "", *_of_trial(study, trial, None)]
+        _save(study, trial._trial_id, lines, before)
+    _save(study, None, _answer(study, figures), before)
+
+
+def _of_trial(study: optuna.Study, trial: FrozenTrial, standing: Standing | None) -> Iterator[str]:
+    attrs = trial.user_attrs
+    yield _ending(trial, study.user_attrs.get("run", {}).get("num_reports"), standing)
+    yield ""
+    rows = {}
+    if trial.intermediate_values:
+        values, last = trial.intermediate_values, trial.last_step
+        best = results.best_step(trial)
+        rows["last report"] = f"{values[last or 0]:.4f}"
+        rows["best report"] = f"{values[best]:.4f}, report {best}"
+    if trial.state == TrialState.COMPLETE:
+        rows[_metric(study)] = f"**{trial.value:.4f}**"
+    if isinstance(parameters := attrs.get("parameters"), int):
+        rows["parameters"] = f"{parameters:,}"
+    if isinstance(flops := attrs.get("flops"), int):
+        rows["operations per image"] = f"{_scaled(flops)}FLOP"
+    if isinstance(speed := attrs.get("images_per_second"), float):
+        rows["training"] = f"{speed:,.0f} images/s"
+    if "known_point" in attrs:
+        rows["point"] = "a known one, tried first and never pruned"
+    yield from _table(("", ""), rows.items())
+    attempts = [attempt for attempt in attrs.get("attempts", []) if "host" in attempt]
+    if len(attempts) > 1:
+        yield ""
+        yield from _table(
+            ("attempt", "on", "seconds", "ended"),
+            (
+                (
+                    attempt["attempt"],
+                    f"{_code(attempt['host'])}, {attempt['device']}",
+                    f"{attempt.get('end', attempt['start']) - attempt['start']:.0f}",
+                    attempt.get("reason", ""),
+                )
+                for attempt in attempts
+            ),
+        )
+
+
+def _ending(trial: FrozenTrial, num_reports: int | None, standing: Standing | None) -> str:
+    """One line: how it ended, after how much, and why."""
+    reports = trial.last_step or 0
+    of = f" of {num_reports}" if num_reports else ""
+    seconds = trial.user_attrs.get("seconds")
+    took = f", {seconds:.0f} s" if seconds is not None else ""
+    state = "failed" if trial.state == TrialState.FAIL else trial.state.name.lower()
+    line = f"**{state}** after {reports}{of} reports{took}"
+    if standing and standing.place > standing.going_on:  # else it ended for another reason
+        return (
+            f"{line}: place {standing.place} of {standing.of} at report {reports}, where the best "
+            f"{standing.going_on} went on"
+        )
+    reason = trial.user_attrs.get("reason", "")
+    return f"{line}: {_code(reason)}" if reason else line
+
+
+def _of_winner(winner: Mapping[str, Any], rank: int, class_names: Sequence[str]) -> Iterator[str]:
+    seeds, test = winner["seeds"], winner["test"]
+    yield f"## Winner {rank}: test accuracy {_spread(test, 'accuracy')}"
+    yield ""
+    yield (
+        f"Trained again with {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} for "
+        f"{winner['epochs']:g} epochs, and measured once on the test set: mean ± standard deviation"
+    )
+    yield ""
+    yield from _table(("test", ""), ((name, _spread(test, name)) for name in test["mean"]))
+    # Summed over the seeds: rows are the true classes.
+    matrices = [seed["test"]["confusion_matrix"] for seed in seeds]
+    matrix = [
+        [sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)
+    ]
+    names = [_code(name) for name in class_names]
+    if len(names) <= _MAX_CLASSES:
+        yield ""
+        yield "Images of the test set, all seeds together; a row for each true class:"
+        yield ""
+        yield from _table(
+            ("true / predicted", *names),
+            ((name, *row) for name, row in zip(names, matrix, strict=True)),
+        )
+        return
+    confused = sorted(
+        ((count, i, j) for i, row in enumerate(matrix) for j, count in enumerate(row) if i != j),
+        reverse=True,
+    )
+    yield ""
+    yield from _table(
+        ("true class", "predicted", "images"),
+        ((names[i], names[j], count) for count, i, j in confused[:10] if count),
+    )
+
+
+def _best_so_far(study: optuna.Study, trial: FrozenTrial) -> Iterator[str]:
+    yield f"## Best so far: trial {trial.number}, {_metric(study)} {trial.value:.4f}"
+    yield ""
+    yield from _of_trial(study, trial, None)
+
+
+def _answer(study: optuna.Study, figures: Mapping[str, Any]) -> Iterator[str]:
+    first, search = figures["winners"][0], figures["search"]
+    yield f"## Trial {first['trial']}: test accuracy {_spread(first['test'], 'accuracy')}"
+    yield ""
+    yield (
+        f"{search['trials']} trials: {search['complete']} complete, {search['pruned']} pruned, "
+        f"{search['fail']} failed, in {search['seconds'] / 60:.1f} minutes; "
+        f"{search['saved_share']:.0%} of the training saved by pruning. Winners are chosen by "
+        "validation alone and measured once on the test set."
+    )
+    yield ""
+    yield from _table(
+        ("winner", "validation accuracy", "test accuracy", "seeds", "epochs", "parameters"),
+        (
+            (
+                f"trial {winner['trial']}",
+                f"{winner['validation_accuracy']:.4f}",
+                _spread(winner["test"], "accuracy"),
+                len(winner["seeds"]),
+                f"{winner['epochs']:g}",
+                f"{winner['parameters']:,}",
+            )
+            for winner in figures["winners"]
+        ),
+    )
+    if ensemble := figures["ensemble"]:
+        yield ""
+        yield (
+            f"Ensemble of {ensemble['models']} models: test accuracy "
+            f"{ensemble['test']['accuracy']:.4f}"
+        )
+
+
+def _metric(study: optuna.Study) -> str:
+    kind = study.user_attrs.get("run", {}).get("fixed", {}).get("kind", "objective")
+    return "value" if kind == "objective" else "validation accuracy"
+
+
+def _spread(part: Mapping[str, Any], name: str) -> str:
+    return f"{part['mean'][name]:.4f} ± {part['std'][name]:.4f}"
+
+
+def _scaled(number: float) -> str:
+    for unit, letter in _UNITS:
+        if number >= unit:
+            return f"{number / unit:.3g} {letter}"
+    return f"{number:g} "
+
+
+def _table(headings: Sequence[str], rows: Any) -> Iterator[str]:
+    yield f"| {' | '.join(headings)} |"
+    right = " ---: |" if len(headings) > 2 else " --- |"  # figures below one another
+    yield f"| --- |{right * (len(headings) - 1)}"
+    for row in rows:
+        yield f"| {' | '.join(str(cell) for cell in row)} |"
+
+
+def _code(text: str) -> str:
+    """Text of the user's, such as an exception's: shown as it is, on one line."""
+    plain = " ".join(str(text).split())[:500]
+    return "`" + plain.replace("`", "'").replace("|", "¦") + "`"
+
+
+def _version_key(trial_id: int | None) -> str:
+    return "dashboard:note_ver" if trial_id is None else f"dashboard:{trial_id}:note_ver"
+
+
+def _save(
+    study: optuna.Study, trial_id: int | None, lines: Iterable[str], before: Mapping[str, Any]
+) -> None:
+    """As optuna_dashboard.save_note; of a trial, or of the study for None.
+
+    Args:
+        before: the system attributes as they are.
+    """
+    body = "\n".join(lines)
+    prefix = "dashboard:note_str:" if trial_id is None else f"dashboard:{trial_id}:note_str:"
+    parts = [body[at : at + _MAX_LENGTH] for at in range(0, len(body), _MAX_LENGTH)]
+    num_before = sum(key.startswith(prefix) for key in before)
+    for index in range(max(len(parts), num_before)):
+        _set(study, f"{prefix}{index}", parts[index] if index < len(parts) else "")
+    # Last: without a version there is no note, and half of one is never shown as the first.
+    version = _version_key(trial_id)
+    _set(study, version, before.get(version, 0) + 1)
+
+
+def _attrs(study: optuna.Study) -> dict[str, Any]:
+    return study._storage.get_study_system_attrs(study._study_id)
+
+
+def _set(study: optuna.Study, key: str, value: Any) -> None:
+    study._storage.set_study_system_attr(study._study_id, key, value)
