@@ -1,5 +1,7 @@
 """Which winners are trained how long, on how many cores, and what is done again."""
 
+from pathlib import Path
+
 import pytest
 
 from search import artifacts, devices, storage
@@ -80,6 +82,7 @@ def worker(folder, pool):
             "outcome": "complete",
             "rss": 1,
             "sha256": artifacts.sha256(path),
+            "pictures_sha256": pictures(task),
             "history": {"loss": [1.0]},
             "parameters": 7,
             "flops": 9,
@@ -90,6 +93,14 @@ def worker(folder, pool):
         }
 
     return script
+
+
+def pictures(task):
+    if not task.get("pictures"):
+        return None
+    path = Path(task["pictures"])
+    path.write_text(f"pictures {path.name}")
+    return artifacts.sha256(path)
 
 
 def pool_of(folder, num_slots=2):

@@ -1,0 +1,260 @@
+"""What a winner does right and wrong: curves of its training, and what its predictions are worth.
+
+Each figure is computed by one function, as plain values, and drawn by another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+from search.report import theme
+from search.report.page import label
+
+BINS = 15  # of confidence
+_MOST_POINTS = 150  # of a ROC curve
+_MOST_CELLS_WITH_NUMBERS = 400  # of a confusion matrix
+
+
+class Training(NamedTuple):
+    """One figure of a training, report by report."""
+
+    x: list[float]  # epochs, or reports
+    train: list[float]
+    validation: list[float]
+
+
+class Bin(NamedTuple):
+    """Predictions of about one confidence."""
+
+    confidence: float  # mean
+    accuracy: float
+    images: int
+
+
+def training_of(
+    history: Mapping[str, Sequence[float]], figure: str, per_report: float | None
+) -> Training:
+    """A figure on training and validation data, as far as both were measured.
+
+    Args:
+        history: one value a report, by names such as loss and val_loss.
+        figure: "loss" or "accuracy".
+        per_report: epochs, or None.
+    """
+    train, validation = (
+        [round(float(value), 5) for value in history.get(name, [])]
+        for name in (figure, f"val_{figure}")
+    )
+    reports = range(1, max(len(train), len(validation)) + 1)
+    return Training(
+        [round(report * (per_report or 1.0), 3) for report in reports], train, validation
+    )
+
+
+def gap(training: Training) -> list[float]:
+    """Training less validation, at each report that has both."""
+    both = zip(training.train, training.validation, strict=False)
+    return [round(train - validation, 5) for train, validation in both]
+
+
+def training_figure(training: Training, name: str, x: str) -> go.Figure:
+    """Both curves, with the gap between them shaded."""
+    figure = go.Figure()
+    for values, part, color in (
+        (training.train, "training", theme.ORANGE),
+        (training.validation, "validation", theme.ACCENT),
+    ):
+        if values:
+            figure.add_scatter(
+                x=training.x[: len(values)],
+                y=values,
+                name=part,
+                mode="lines+markers",
+                line={"color": color, "width": 2},
+                marker={"size": 4},
+                fill="tonexty" if part == "validation" and training.train else None,
+                fillcolor="rgba(128,128,128,0.14)",
+                hovertemplate=f"{part}: %{{y:.4f}} at %{{x}}<extra></extra>",
+            )
+    return theme.styled(figure, x=x, y=name, legend=True)
+
+
+def gap_figure(training: Training, x: str) -> go.Figure:
+    gaps = [100 * value for value in gap(training)]
+    figure = go.Figure(
+        go.Bar(
+            x=training.x[: len(gaps)],
+            y=gaps,
+            marker={"color": [theme.ORANGE if value > 0 else theme.ACCENT for value in gaps]},
+            hovertemplate="%{y:+.2f} points at %{x}<extra></extra>",
+        )
+    )
+    return theme.styled(figure, x=x, y="percentage points")
+
+
+def confusion_shares(matrices: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    """Over all seeds, how the images of each class were classified.
+
+    Args:
+        matrices: one for each seed; rows: label, columns: prediction.
+
+    Returns:
+        (classes, classes) float; a row sums to 1, or to 0 where a class has no image.
+    """
+    total = np.sum([np.asarray(matrix, float) for matrix in matrices], axis=0)
+    return total / np.maximum(total.sum(axis=1, keepdims=True), 1)
+
+
+def confusion_figure(shares: np.ndarray, class_names: Sequence[str]) -> go.Figure:
+    names = [label(name) for name in class_names]
+    percent = np.round(100 * shares, 2)
+    shows_numbers = shares.size <= _MOST_CELLS_WITH_NUMBERS
+    figure = go.Figure(
+        go.Heatmap(
+            z=percent.tolist(),
+            # By position: two classes of one name, and names that are numbers, stay apart.
+            x=list(range(len(names))),
+            y=list(range(len(names))),
+            text=[[_number(cell) for cell in row] for row in percent] if shows_numbers else None,
+            texttemplate="%{text}" if shows_numbers else None,
+            customdata=[[f"{row} as {column}" for column in names] for row in names],
+            hovertemplate="%{customdata}: %{z:.1f} %<extra></extra>",
+            colorscale=theme.SCALE,
+            zmin=0,
+            zmax=100,
+            showscale=False,
+            xgap=1,
+            ygap=1,
+        )
+    )
+    ticks = {"tickvals": list(range(len(names))), "ticktext": names, "showgrid": False}
+    figure.update_xaxes(**ticks, tickangle=-40)
+    figure.update_yaxes(**ticks, autorange="reversed")
+    return theme.styled(figure, x="predicted", y="true class")
+
+
+def most_confused(shares: np.ndarray, class_names: Sequence[str]) -> list[tuple[str, str, float]]:
+    """The three commonest errors: true class, predicted class, share of the true class."""
+    errors = shares.copy()
+    np.fill_diagonal(errors, 0)
+    order = np.argsort(-errors, axis=None, kind="stable")[:3]
+    places = [(int(at // len(errors)), int(at % len(errors))) for at in order]
+    return [
+        (class_names[i], class_names[j], float(errors[i, j])) for i, j in places if errors[i, j]
+    ]
+
+
+def roc(probabilities: np.ndarray, labels: np.ndarray, of: int) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates of one class against the rest, from (0, 0) to (1, 1).
+
+    Args:
+        probabilities: (n, classes).
+        labels: (n,) class numbers, `of` and others among them.
+        of: the class.
+    """
+    from sklearn import metrics
+
+    false, true, _ = metrics.roc_curve(labels == of, probabilities[:, of])
+    if len(false) > _MOST_POINTS:
+        # Evenly along both axes: most of the curve's points lie in the corner.
+        along = false + true
+        kept = np.unique(
+            np.searchsorted(along, np.linspace(0, 2, _MOST_POINTS)).clip(0, len(along) - 1)
+        )
+        kept = np.unique(np.concatenate([[0], kept, [len(along) - 1]]))
+        false, true = false[kept], true[kept]
+    return false, true
+
+
+def roc_figure(
+    probabilities: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+) -> go.Figure:
+    figure = go.Figure()
+    for of in np.unique(labels):
+        if np.all(labels == of):
+            continue
+        false, true = roc(probabilities, labels, int(of))
+        figure.add_scatter(
+            x=[round(float(rate), 5) for rate in false],
+            y=[round(float(rate), 5) for rate in true],
+            name=label(class_names[of]),
+            mode="lines",
+            line={
+                "color": theme.CATEGORIES[of % len(theme.CATEGORIES)],
+                "dash": ("solid", "dash", "dot")[of // len(theme.CATEGORIES) % 3],
+                "width": 1.8,
+            },
+            hovertemplate="%{fullData.name}: %{y:.3f} found at %{x:.3f} false<extra></extra>",
+        )
+    figure.add_scatter(
+        x=[0, 1],
+        y=[0, 1],
+        mode="lines",
+        line={"color": theme.FAINT, "dash": "dot", "width": 1},
+        showlegend=False,
+        hoverinfo="skip",
+    )
+    figure.update_xaxes(range=[-0.01, 1])
+    figure.update_yaxes(range=[0, 1.01])
+    return theme.styled(figure, x="false positive rate", y="true positive rate", legend=True)
+
+
+def calibration(probabilities: np.ndarray, labels: np.ndarray) -> tuple[list[Bin], float]:
+    """How often a prediction of some confidence is right.
+
+    Args:
+        probabilities: (n, classes).
+        labels: (n,) class numbers.
+
+    Returns:
+        Bins of equal width that hold images; and the expected calibration error: the mean distance
+        of confidence and accuracy, weighted by images (Guo et al. 2017, fraction).
+    """
+    confidence = probabilities.max(axis=1)
+    is_right = probabilities.argmax(axis=1) == labels
+    at = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = [
+        Bin(
+            float(confidence[at == i].mean()), float(is_right[at == i].mean()), int((at == i).sum())
+        )
+        for i in np.unique(at)
+    ]
+    error = sum(one.images * abs(one.confidence - one.accuracy) for one in bins) / len(labels)
+    return bins, float(error)
+
+
+def calibration_figure(bins: Sequence[Bin]) -> go.Figure:
+    most = max(one.images for one in bins)
+    figure = go.Figure(
+        [
+            go.Scatter(
+                x=[0, 1],
+                y=[0, 1],
+                mode="lines",
+                line={"color": theme.FAINT, "dash": "dot", "width": 1},
+                hoverinfo="skip",
+            ),
+            go.Scatter(
+                x=[round(one.confidence, 4) for one in bins],
+                y=[round(one.accuracy, 4) for one in bins],
+                mode="lines+markers",
+                line={"color": theme.ACCENT, "width": 2},
+                marker={"size": [5 + 13 * (one.images / most) ** 0.5 for one in bins]},
+                text=[f"{one.images:,} images" for one in bins],
+                hovertemplate="confidence %{x:.1%}, right %{y:.1%}<br>%{text}<extra></extra>",
+            ),
+        ]
+    )
+    lowest = max(0.0, min(one.confidence for one in bins) - 0.05)
+    figure.update_xaxes(tickformat=".0%", range=[lowest, 1.02])
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
+    return theme.styled(figure, x="confidence", y="right")
+
+
+def _number(percent: float) -> str:
+    """A cell's text: empty where there is nothing to read."""
+    return "" if percent < 0.05 else f"{percent:.0f}" if percent >= 10 else f"{percent:.1f}"
