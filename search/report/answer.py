@@ -71,14 +71,16 @@ def bars(run: Run) -> list[Bar]:
 
 
 def bars_figure(bars_: list[Bar]) -> go.Figure:
-    """Horizontal bars; the axis begins below the worst, which the caption says."""
-    figure = go.Figure()
+    """Horizontal bars, named inside, so that a phone's width is enough; the axis begins below the
+    worst, which the caption says."""
+    figure, start = go.Figure(), axis_start(bars_)
     for group, color in _COLORS.items():
         of = [(place, bar) for place, bar in enumerate(bars_) if bar.group == group]
         if not of:
             continue
         figure.add_bar(
-            x=[round(100 * bar.accuracy, 3) for _, bar in of],
+            base=start,
+            x=[round(100 * bar.accuracy - start, 3) for _, bar in of],
             y=[place for place, _ in of],
             name=group,
             orientation="h",
@@ -91,19 +93,16 @@ def bars_figure(bars_: list[Bar]) -> go.Figure:
                 "thickness": 1.3,
                 "width": 3,
             },
-            text=[f"{100 * bar.accuracy:.2f}" for _, bar in of],
-            textposition="inside",
+            text=[_named(bar) for _, bar in of],
+            textposition="auto",
             insidetextanchor="start",
+            constraintext="none",
             insidetextfont={"color": "#ffffff"},
-            hovertemplate="%{customdata}: %{x:.2f} %<extra></extra>",
-            customdata=[label(bar.name) for _, bar in of],
+            hovertemplate="%{text} %<extra></extra>",
         )
-    names = [_tick(bar) for bar in bars_]
-    figure.update_yaxes(
-        tickvals=list(range(len(bars_))), ticktext=names, autorange="reversed", showgrid=False
-    )
+    figure.update_yaxes(autorange="reversed", showgrid=False, showticklabels=False)
     best = 100 * max(bar.accuracy + (bar.std or 0.0) for bar in bars_)
-    figure.update_xaxes(range=[axis_start(bars_), min(100.5, best + 1)], ticksuffix=" %")
+    figure.update_xaxes(range=[start, min(100.5, best + 1)], ticksuffix=" %")
     return theme.styled(figure, legend=True, bargap=0.28)
 
 
@@ -124,18 +123,20 @@ def name_of(winner: Winner, run: Run) -> str:
     return f"{name} ({winner['weights']})" if winner["weights"] else name
 
 
-def _tick(bar: Bar) -> str:
+def _named(bar: Bar) -> str:
     if bar.group == _OURS:
-        return f"<b>{label(bar.name)}</b>"
-    return label(bar.name) + (", published" if bar.group == _BASELINE else "")
+        return f"<b>{100 * bar.accuracy:.2f}  {label(bar.name)}</b>"
+    published = ", published" if bar.group == _BASELINE else ""
+    return f"{100 * bar.accuracy:.1f}  {label(bar.name)}{published}"
 
 
 def _without_metrics(run: Run) -> list[Html]:
     made = []
     if run.complete:
         best = run.complete[0]
-        made.append(_big(best.value or 0.0, run.value_name, f"of trial {best.number}, so far the best",
-                         as_share=run.kind != "objective"))  # fmt: skip
+        remark = f"of trial {best.number}, so far the best"
+        is_share = run.kind != "objective"
+        made.append(_big(best.value or 0.0, run.value_name, remark, as_share=is_share))
     words = (
         "This study has an objective of its own: there is no model to retrain and no test accuracy."
         if run.kind == "objective"
@@ -219,7 +220,7 @@ def _costs(run: Run) -> Iterable[tuple[str, Any, Any]]:
     epochs = sum(winner["epochs"] * len(winner["seeds"]) for winner in run.winners)
     trainings = sum(len(winner["seeds"]) for winner in run.winners)
     name = "training took" if run.is_comparison else "retraining took"
-    yield name, duration(seconds), f"{trainings} trainings, {epochs:,.1f} epochs in all"
+    yield name, duration(seconds), f"{trainings} trainings added up, {epochs:,.1f} epochs"
     best = run.winners[0]
     yield "parameters", f"{best['parameters']:,}", f"{best['flops'] / 1e6:,.1f} Mflop an image"
     if ensemble := run.metrics["ensemble"]:

@@ -86,6 +86,11 @@ class Attempt(NamedTuple):
     words: str  # for the one who points at it
 
 
+def unit_of(hours: float) -> tuple[str, int]:
+    """What a time is shown in, and how many of them are an hour."""
+    return ("hours", 1) if hours >= 1 else ("minutes", 60)
+
+
 def best_so_far(trials: Sequence[FrozenTrial]) -> list[Reached]:
     """Complete trials in the order in which they ended; those without a time are left out."""
     clock = Clock(trials)
@@ -104,20 +109,21 @@ def best_so_far(trials: Sequence[FrozenTrial]) -> list[Reached]:
 
 
 def hours_figure(reached: Sequence[Reached], value_name: str) -> go.Figure:
-    hours = [round(one.hours, 4) for one in reached]
+    unit, factor = unit_of(max((one.hours for one in reached), default=0.0))
+    times = [round(factor * one.hours, 4) for one in reached]
     values = [one.value for one in reached]
     figure = go.Figure(
         [
             go.Scatter(
-                x=hours,
+                x=times,
                 y=values,
                 mode="markers",
                 marker={"color": theme.GREY, "size": 6, "opacity": 0.55},
                 text=[f"trial {one.number}" for one in reached],
-                hovertemplate="%{text}: %{y:.4f} after %{x:.2f} h<extra></extra>",
+                hovertemplate="%{text}: %{y:.4f} after %{x:.2f} " + f"{unit}<extra></extra>",
             ),
             go.Scatter(
-                x=hours,
+                x=times,
                 y=[one.best for one in reached],
                 mode="lines",
                 line={"color": theme.ACCENT, "width": 2.5, "shape": "hv"},
@@ -126,7 +132,7 @@ def hours_figure(reached: Sequence[Reached], value_name: str) -> go.Figure:
         ]
     )
     figure.update_yaxes(range=theme.focus(values))
-    return theme.styled(figure, x="hours of searching", y=value_name)
+    return theme.styled(figure, x=f"{unit} of searching", y=value_name)
 
 
 def history_figure(run: Run) -> go.Figure:
@@ -222,14 +228,15 @@ def attempts(trials: Sequence[FrozenTrial]) -> list[Attempt]:
 
 def timeline_figure(made: Sequence[Attempt]) -> go.Figure:
     lanes = sorted({one.lane for one in made}, reverse=True)
+    unit, factor = unit_of(max(one.start + one.hours for one in made))
     figure = go.Figure()
     for end, (name, color) in _ENDS.items():
         ended = [one for one in made if one.end == end]
         if not ended:
             continue
         figure.add_bar(
-            x=[round(one.hours, 5) for one in ended],
-            base=[round(one.start, 5) for one in ended],
+            x=[round(factor * one.hours, 4) for one in ended],
+            base=[round(factor * one.start, 4) for one in ended],
             y=[lanes.index(one.lane) for one in ended],
             orientation="h",
             name=name,
@@ -237,12 +244,14 @@ def timeline_figure(made: Sequence[Attempt]) -> go.Figure:
             width=0.72,
             text=[label(one.words) for one in ended],
             textposition="none",
-            hovertemplate="%{text}<br>%{x:.3f} h<extra></extra>",
+            hovertemplate=f"%{{text}}<br>%{{x:.2f}} {unit}<extra></extra>",
         )
     figure.update_yaxes(
         tickvals=list(range(len(lanes))), ticktext=[label(lane) for lane in lanes], showgrid=False
     )
-    return theme.styled(figure, x="hours of searching", legend=True, barmode="overlay", bargap=0.2)
+    return theme.styled(
+        figure, x=f"{unit} of searching", legend=True, barmode="overlay", bargap=0.2
+    )
 
 
 def _kind(reason: str) -> str:

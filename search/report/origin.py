@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 
 from search import export
@@ -132,7 +130,7 @@ def _recorded(run: Run) -> list[Html]:
         page.code(shlex.join(["fmnist-search", "train", str(config)])),
         page.folded(
             "Its config, configs/best.yaml",
-            [page.code(export.to_yaml(export.config(best, dict(run.metrics))))],
+            [page.code(export.to_yaml(export.config(dict(best), dict(run.metrics))))],
         ),
         page.heading("Made with"),
         page.pairs(

@@ -29,6 +29,8 @@ function template(isDark) {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       colorway: isDark ? inDark(COLORS.categories) : COLORS.categories,
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: ink },
+      legend: { traceorder: "normal" },
       hoverlabel: { bgcolor: ground, bordercolor: line, font: { color: ink, size: 12 }, align: "left" },
       xaxis: axis,
       yaxis: axis,
@@ -45,8 +47,8 @@ function draw({ div, spec }, isDark) {
   const config = {
     responsive: true,
     displaylogo: false,
-    displayModeBar: isTouch ? false : "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+    displayModeBar: !isTouch,
+    modeBarButtons: [["toImage", "resetScale2d"]], // none that sends anything anywhere
   };
   return Plotly.react(div, data, layout, config);
 }

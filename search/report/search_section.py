@@ -68,9 +68,9 @@ def _course(run: Run) -> list[Html]:
     if reached:
         figures.append(
             _plotted(
-                "Best so far, by hours",
+                "Best so far, by time",
                 lambda: course.hours_figure(reached, run.value_name),
-                "The same against the hours in which trials ran; pauses are cut out.",
+                "The same against the time in which trials ran; pauses are cut out.",
                 height=300,
             )
         )
@@ -127,15 +127,15 @@ def _space(run: Run) -> list[Html]:
                 f"{len(run.complete)}."
             )
         )
-    if len(params) > 1:
-        by_rank = "the two most important" if ranked else "two of the"
+    points = space.snapshot(run.trials, space.MOST_POINTS)
+    two = space.pair(points, list(ranked))
+    if len(two) == 2:
         made.append(
             _plotted(
-                f"{by_rank.capitalize()} hyperparameters together",
-                lambda: space.contour_figure(
-                    space.snapshot(run.trials, space.MOST_POINTS), params[:2], run.value_name
-                ),
-                f"Colour: {run.value_name}, interpolated between the trials (dots).",
+                "The two most important together",
+                lambda: space.contour_figure(points, two, run.value_name),
+                f"Colour: {run.value_name}, interpolated between the trials (dots) that have both."
+                + _left_out(run, space.MOST_POINTS),
                 height=360,
             )
         )
@@ -144,21 +144,21 @@ def _space(run: Run) -> list[Html]:
     made.append(
         _plotted(
             "Parallel coordinates",
-            lambda: space.parallel_figure(lines, params, run.value_name),
+            lambda: space.parallel_figure(lines, params, run.value_name.rpartition(" ")[2]),
             f"A line is a trial, the stronger the better. {_chosen(run, params)}"
             + _left_out(run, space.MOST_LINES),
             height=380,
             least_width=110 * (len(params) + 1),
         )
     )
-    points = space.snapshot(run.trials, space.MOST_POINTS)
-    made.append(page.heading("Slices", f"Each of these hyperparameters against {run.value_name}."
-                             + _left_out(run, space.MOST_POINTS)))  # fmt: skip
+    sliced = list(ranked)[: space.MOST_PARAMS] or params
+    caption = f"Each hyperparameter against {run.value_name}, the most important first."
+    made.append(page.heading("Slices", caption + _left_out(run, space.MOST_POINTS)))
     slices = [
         _plotted(
             name, lambda name=name: space.slice_figure(points, name, run.value_name), height=220
         )
-        for name in params
+        for name in sliced
     ]
     return [*made, page.columns(slices, narrow=True)]
 

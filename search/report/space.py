@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import optuna
 import plotly.graph_objects as go
 from optuna.distributions import (
+    BaseDistribution,
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
@@ -45,7 +46,7 @@ def at_edges(trial: FrozenTrial) -> list[AtEdge]:
     found = []
     for name, value in trial.params.items():
         range_ = trial.distributions[name]
-        if isinstance(range_, CategoricalDistribution) or range_.low == range_.high:
+        if not isinstance(range_, FloatDistribution | IntDistribution) or range_.single():
             continue
         low, high = float(range_.low), float(range_.high)
         if isinstance(range_, IntDistribution) and not range_.log:
@@ -114,6 +115,18 @@ def chosen_params(study: optuna.Study, ranked: Sequence[str]) -> list[str]:
     return sorted(common, key=lambda name: rank.get(name, len(rank)))[:MOST_PARAMS]
 
 
+def pair(study: optuna.Study, ranked: Sequence[str]) -> list[str]:
+    """The two most important hyperparameters that enough complete trials have together; fewer
+    where there are none."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    first = list(ranked[:1])
+    for name in ranked[1:]:
+        both = [trial for trial in complete if {*first, name} <= trial.params.keys()]
+        if len(both) >= LEAST_COMPLETE and len({str(trial.params[name]) for trial in both}) > 1:
+            return [*first, name]
+    return first
+
+
 def importances_figure(ranked: dict[str, float]) -> go.Figure:
     """Of the first dozen. Not Optuna's plot, which computes them again."""
     first = list(ranked.items())[:12][::-1]
@@ -129,7 +142,8 @@ def importances_figure(ranked: dict[str, float]) -> go.Figure:
             hovertemplate="%{y}: %{x:.1%}<extra></extra>",
         )
     )
-    figure.update_xaxes(tickformat=".0%", showgrid=False, showticklabels=False)
+    most = max(ranked.values())
+    figure.update_xaxes(range=[0, 1.2 * most], showgrid=False, showticklabels=False)
     return theme.styled(figure, bargap=0.35)
 
 
@@ -137,21 +151,18 @@ def parallel_figure(study: optuna.Study, params: Sequence[str], value_name: str)
     figure = optuna.visualization.plot_parallel_coordinate(
         study, params=list(params), target_name=value_name
     )
-    values = [
-        trial.value or 0.0
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    ]
-    # A line for each trial in their order; its shade is its rank, since a few bad values would
-    # leave all others in one shade.
-    order = sorted(range(len(values)), key=values.__getitem__)
-    lines = list(figure.data[: len(values)])
-    for place, index in enumerate(order):
-        fraction = place / max(1, len(order) - 1)
-        lines[index].line.color = theme.shade(fraction)
-        lines[index].opacity = 0.35 + 0.6 * fraction
-    figure.data = [lines[index] for index in order]
-    figure.update_xaxes(side="top")
-    return theme.styled(figure, hovermode="closest")
+    # Its shade is a line's rank, since a few bad values would leave all others in one. Optuna
+    # draws the lines in an order of its own; where one begins is its value.
+    lines = sorted(
+        (line for line in figure.data if line.mode == "lines"), key=lambda line: line.y[0]
+    )
+    for place, line in enumerate(lines):
+        fraction = place / max(1, len(lines) - 1)
+        line.line.color = theme.shade(fraction)
+        line.opacity = 0.35 + 0.6 * fraction
+    figure.data = lines
+    figure.update_xaxes(side="top", tickangle=0)
+    return theme.styled(figure, hovermode="closest").update_layout(margin={"l": 56, "r": 36})
 
 
 def slice_figure(study: optuna.Study, name: str, value_name: str) -> go.Figure:
@@ -203,7 +214,8 @@ def _escaped(trial: FrozenTrial) -> FrozenTrial:
     """A trial with what the plots need of it."""
     if trial.state != TrialState.COMPLETE:
         return create_trial(state=TrialState.FAIL)
-    params, distributions = {}, {}
+    params: dict[str, Any] = {}
+    distributions: dict[str, BaseDistribution] = {}
     for name, value in trial.params.items():
         range_ = trial.distributions[name]
         if isinstance(range_, CategoricalDistribution):

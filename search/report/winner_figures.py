@@ -198,7 +198,8 @@ def roc_figure(
         showlegend=False,
         hoverinfo="skip",
     )
-    figure.update_xaxes(range=[-0.01, 1])
+    end = _where_found(figure)
+    figure.update_xaxes(range=[-0.01 * end, end])
     figure.update_yaxes(range=[0, 1.01])
     return theme.styled(figure, x="false positive rate", y="true positive rate", legend=True)
 
@@ -253,6 +254,17 @@ def calibration_figure(bins: Sequence[Bin]) -> go.Figure:
     figure.update_xaxes(tickformat=".0%", range=[lowest, 1.02])
     figure.update_yaxes(tickformat=".0%", range=[0, 1.04])
     return theme.styled(figure, x="confidence", y="right")
+
+
+def _where_found(figure: go.Figure) -> float:
+    """The least of some false positive rates at which 98 % of each class are found, or 1."""
+    for end in (0.05, 0.1, 0.2, 0.5):
+        reached = [
+            np.interp(end, trace.x, trace.y) for trace in figure.data if trace.showlegend is None
+        ]
+        if min(reached, default=0.0) >= 0.98:
+            return end
+    return 1.0
 
 
 def _number(percent: float) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from search.pictures import MISCLASSIFIED
 from search.report import images, page, winner_figures
 from search.report.answer import name_of
-from search.report.page import Html, text
+from search.report.page import Html
 from search.report.source import Run, Winner
 
 _NO_FILE = (
@@ -63,7 +64,7 @@ def _of_one(run: Run, winner: Winner) -> list[Html]:
         page.plot(
             "Confusion matrix",
             winner_figures.confusion_figure(shares, names),
-            f"Percent of each class's test images, over all seeds. "
+            "Percent of each class's test images, over all seeds. "
             + (f"The commonest errors: {confused}." if confused else "No errors."),
             height=size,
             least_width=min(size, 560),
@@ -81,7 +82,8 @@ def _of_one(run: Run, winner: Winner) -> list[Html]:
     curves = page.plot(
         "ROC curves",
         winner_figures.roc_figure(probabilities, labels, names),
-        f"Each class against the rest, first seed. Mean area under the curve: {area:.4f}.",
+        f"Each class against the rest, first seed. Mean area under the curve: {area:.4f}. The "
+        "axis ends where all classes are nearly found.",
         height=400,
     )
     reliability = page.plot(
@@ -108,7 +110,7 @@ def _training(run: Run, winner: Winner, predictions: Mapping[str, np.ndarray]) -
             made.append(page.plot(title, drawn, f"{whose} Shaded: the gap.", height=300))
         if figure == "accuracy" and (gaps := winner_figures.gap(training)):
             caption = (
-                f"At the end {100 * gaps[-1]:+.1f} points. Above zero, it knows its training images "
+                f"At the end {100 * gaps[-1]:+.1f} points. Above zero it knows its training images "
                 "better than others; below, dropout or augmentation make training harder."
             )
             title = "Training less validation accuracy"
@@ -162,9 +164,9 @@ def _images(run: Run, pictures: Mapping[str, np.ndarray]) -> list[Html]:
     made = [
         page.heading(
             "Misclassified images",
-            f"The {num_wrong} errors of which the model was "
-            "surest: predicted class, confidence, true class.",
-        ),  # fmt: skip
+            "Predicted class, confidence, true class; the surest errors first"
+            + (f" ({num_wrong} of them)." if num_wrong == MISCLASSIFIED else "."),
+        ),
         images.judged(pictures, "misclassified", names),
     ]
     if not num_wrong:
