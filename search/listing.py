@@ -75,6 +75,9 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
         _print_compared(outcome.metrics)
     elif outcome.metrics:
         _print_winners(outcome.metrics)
+    report = outcome.folder / "report.html"
+    if report.is_file():
+        _console.print(f"report: {report}", soft_wrap=True)
     can_predict = outcome.metrics and "--storage" not in same_run  # its images need no study
     _console.print("Next:", style="bold")
     for command in (

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = ("studies", "show", "retrain", "export", "train", "predict", "")
+COMMANDS = ("studies", "show", "retrain", "export", "train", "predict", "report", "")
 
 
 def test_every_command_and_option_exists():

@@ -83,7 +83,7 @@ def _of_one(run: Run, winner: Winner) -> list[Html]:
         "ROC curves",
         winner_figures.roc_figure(probabilities, labels, names),
         f"Each class against the rest, first seed. Mean area under the curve: {area:.4f}. The "
-        "axis ends where all classes are nearly found.",
+        "axis ends where nearly all of each class are found.",
         height=400,
     )
     reliability = page.plot(
