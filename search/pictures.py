@@ -22,7 +22,7 @@ logger = logging.getLogger("search")
 
 MISCLASSIFIED = 40  # the surest of the wrong answers
 SAMPLES = 20  # of the test set
-PER_CLASS = 6  # of the training set
+PER_CLASS = 5  # of the training set
 MOST_CLASSES = 20  # that have sample images
 MOST_PIXELS = 64  # on a side of an image; a larger one is thinned
 MAPPED_IMAGES = 4  # whose activation maps are kept

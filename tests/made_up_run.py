@@ -261,7 +261,7 @@ def _pictures(probabilities, labels, rng, classes):
             f"{name}_predicted": predicted[chosen],
             f"{name}_confidence": confidence[chosen],
         }
-    of_train = np.repeat(np.arange(len(classes)), 6)
+    of_train = np.repeat(np.arange(len(classes)), 5)
     return arrays | {
         "train_counts": np.full(len(classes), 60_000 // len(classes)),
         "train_images": rng.integers(0, 256, (len(of_train), 28, 28, 1), np.uint8),

@@ -139,13 +139,18 @@ def _recorded(run: Run) -> list[Html]:
                 *provenance["versions"].items(),
                 ("backend", provenance["backend"]),
                 ("precision", run.metrics["training"]["precision"]),
-                ("commit", provenance["commit"] or "an installed copy"),
-                ("seed of the study", run.metrics["training"]["study_seed"]),
-                ("seeds of the winner", ", ".join(str(seed["seed"]) for seed in best["seeds"])),
-                ("processor", hardware["processor"]),
                 ("cores", hardware["cores"]),
                 ("GPUs", hardware["gpus"]),
-                ("data, SHA-256", run.metrics["dataset"]["sha256"]),
+                ("seed of the study", run.metrics["training"]["study_seed"]),
             ]
+        ),
+        page.pairs(
+            [
+                ("seeds of the winner", ", ".join(str(seed["seed"]) for seed in best["seeds"])),
+                ("processor", hardware["processor"]),
+                ("commit", provenance["commit"] or "an installed copy"),
+                ("data, SHA-256", run.metrics["dataset"]["sha256"]),
+            ],
+            wide=True,
         ),
     ]

@@ -42,6 +42,11 @@ def label(value: Any) -> str:
     return html.escape(shown, quote=False)
 
 
+def shown(value: object) -> str:
+    """A param as it is read: four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def plot(
     title: str, figure: go.Figure, caption: str = "", *, height: int = 340, least_width: int = 0
 ) -> Html:
@@ -99,12 +104,12 @@ def tiles(pairs: Iterable[tuple[str, Any, Any]]) -> Html:
     return Html(f'<dl class="tiles">{shown}</dl>')
 
 
-def pairs(values: Iterable[tuple[Any, Any]]) -> Html:
-    """Names with their values."""
+def pairs(values: Iterable[tuple[Any, Any]], *, wide: bool = False) -> Html:
+    """Names with their values; `wide` for long ones."""
     shown = "".join(
         f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in values
     )
-    return Html(f'<dl class="pairs">{shown}</dl>')
+    return Html(f'<dl class="pairs{" wide" if wide else ""}">{shown}</dl>')
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> Html:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from search.report import course, page, space
-from search.report.course import shown
-from search.report.page import Html
+from search.report import course, page, space, timeline
+from search.report.page import Html, shown
 from search.report.source import Run
 
 logger = logging.getLogger("search")
@@ -85,16 +84,16 @@ def _course(run: Run) -> list[Html]:
                 height=420,
             )
         )
-    if attempts := course.attempts(run.trials):
+    if attempts := timeline.attempts(run.trials):
         lanes = len({attempt.lane for attempt in attempts})
         died = sum(attempt.end == "died" for attempt in attempts)
         made.append(
             _plotted(
                 "What the workers did",
-                lambda: course.timeline_figure(attempts),
-                f"{len(attempts):,} attempts on {lanes} workers at a time; {died} of them died and "
-                "their trials ran again. Pauses of the search are cut out.",
-                height=130 + 34 * lanes,
+                lambda: timeline.timeline_figure(attempts),
+                f"{len(attempts):,} attempts, at most {lanes} at a time; {died} died, since their "
+                "worker was lost or the search itself ended. Pauses of the search are cut out.",
+                height=140 + 34 * lanes,
             )
         )
     return made

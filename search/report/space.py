@@ -161,6 +161,7 @@ def parallel_figure(study: optuna.Study, params: Sequence[str], value_name: str)
         line.line.color = theme.shade(fraction)
         line.opacity = 0.35 + 0.6 * fraction
     figure.data = lines
+    figure.update_annotations(font={"color": theme.INK, "size": 10})
     figure.update_xaxes(side="top", tickangle=0)
     return theme.styled(figure, hovermode="closest").update_layout(margin={"l": 56, "r": 36})
 
@@ -169,7 +170,7 @@ def slice_figure(study: optuna.Study, name: str, value_name: str) -> go.Figure:
     """One hyperparameter against the value."""
     figure = optuna.visualization.plot_slice(study, params=[name], target_name=value_name)
     figure.update_traces(
-        marker={"color": theme.ACCENT, "size": 6, "opacity": 0.5, "line": {"width": 0},
+        marker={"color": theme.ACCENT, "size": 6, "opacity": 0.65, "line": {"width": 0},
                 "colorscale": None, "showscale": False, "colorbar": None},
         hovertemplate="%{x}: %{y:.4f}<extra></extra>",
     )  # fmt: skip

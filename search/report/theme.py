@@ -22,6 +22,7 @@ PINK = "#e87ba4"
 GREEN = "#008300"
 GREY = "#8f8e88"
 FAINT = "#c6c5be"
+PEACH = "#f6c3a6"
 INK = "#1f1e1c"
 _LIGHT_RAMP = (
     "#edf4fc",
@@ -56,6 +57,7 @@ COLORS = {
     GREEN: "#43a243",
     GREY: "#85847e",
     FAINT: "#53524e",
+    PEACH: "#7c4426",
     INK: "#f0efeb",
     **dict(zip(_LIGHT_RAMP, _DARK_RAMP, strict=True)),
 }

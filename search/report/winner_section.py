@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from search.pictures import MISCLASSIFIED
-from search.report import images, page, winner_figures
-from search.report.answer import name_of
+from search.report import images, page, training_figures, winner_figures
+from search.report.bars import name_of
 from search.report.page import Html
 from search.report.source import Run, Winner
 
@@ -103,20 +103,19 @@ def _training(run: Run, winner: Winner, predictions: Mapping[str, np.ndarray]) -
     x = "epochs" if per_report else "reports"
     made = []
     for figure in ("accuracy", "loss"):
-        training = winner_figures.training_of(history, figure, per_report)
+        training = training_figures.training_of(history, figure, per_report)
         if training.validation or training.train:
             title = f"{figure.capitalize()} while it trained"
-            drawn = winner_figures.training_figure(training, figure, x)
+            drawn = training_figures.training_figure(training, figure, x)
             made.append(page.plot(title, drawn, f"{whose} Shaded: the gap.", height=300))
-        if figure == "accuracy" and (gaps := winner_figures.gap(training)):
-            caption = (
-                f"At the end {100 * gaps[-1]:+.1f} points. Above zero it knows its training images "
-                "better than others; below, dropout or augmentation make training harder."
-            )
-            title = "Training less validation accuracy"
-            made.append(
-                page.plot(title, winner_figures.gap_figure(training, x), caption, height=300)
-            )
+    training = training_figures.training_of(history, "accuracy", per_report)
+    if gaps := training_figures.gap(training):
+        caption = (
+            f"At the end {100 * gaps[-1]:+.1f} points. Above zero it knows its training images "
+            "better than others; below, dropout or augmentation make training harder."
+        )
+        title = "Training less validation accuracy"
+        made.append(page.plot(title, training_figures.gap_figure(training, x), caption, height=300))
     if not made:
         return [page.note("No training curves were stored for this winner.")]
     return [page.columns(made, narrow=True)]
