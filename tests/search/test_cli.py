@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("studies", "show", "retrain", "export")
+COMMANDS = ("studies", "show", "retrain", "export", "report")
 QUICK = ["-m", "search"]
 
 
