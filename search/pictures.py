@@ -100,18 +100,15 @@ def _of_training(x: np.ndarray, y: np.ndarray, *, num_classes: int) -> Mapping[s
 
 def _of_first_convolution(model: Any, x: np.ndarray) -> Mapping[str, Any]:
     """Its filters, and what it makes of some images; nothing for a model without one."""
-    import keras
-
-    layer = next(
-        (one for one in model._flatten_layers() if isinstance(one, keras.layers.Conv2D)), None
-    )
-    if layer is None:
-        return {}
     try:
-        maps = _outputs_of(layer, model, x)
+        found = _first_convolution(model, x)
     except Exception as error:  # a model of the user's may do anything with its layers
-        logger.warning("no activation maps of %s: %s", layer.name, error)
+        # Its name alone: Keras puts the images into the text.
+        logger.warning("no filters and activation maps: %s", type(error).__name__)
         return {}
+    if found is None:
+        return {}
+    layer, maps = found
     filters = np.asarray(layer.kernel, np.float32)
     if layer.data_format == "channels_first":
         maps = np.moveaxis(maps, 1, -1)
@@ -123,24 +120,33 @@ def _of_first_convolution(model: Any, x: np.ndarray) -> Mapping[str, Any]:
     }
 
 
-def _outputs_of(layer: Any, model: Any, x: np.ndarray) -> np.ndarray:
-    """What a layer anywhere in a model gives for images.
+def _first_convolution(model: Any, x: np.ndarray) -> tuple[Any, np.ndarray] | None:
+    """The convolution that a model calls first, and what it gives for images.
 
     Read off while the model runs: a layer inside another model, or one of a model that is no graph,
     has no tensor that a second model could end in.
     """
-    outputs = []
-    call = layer.call
+    import keras
 
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        outputs.append(call(*args, **kwargs))
-        return outputs[-1]
+    called: list[tuple[Any, np.ndarray]] = []
 
-    layer.call = recording
+    def recording(layer: Any, call: Any) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            outputs = call(*args, **kwargs)
+            if not called:
+                called.append((layer, np.asarray(keras.ops.cast(outputs, "float32"))))
+            return outputs
+
+        return record
+
+    layers = [one for one in model._flatten_layers() if isinstance(one, keras.layers.Conv2D)]
+    if not layers:
+        return None
+    for layer in layers:
+        layer.call = recording(layer, layer.call)
     try:
         model(x, training=False)
     finally:
-        del layer.call
-    if not outputs:
-        raise ValueError("it is not part of what the model does")
-    return np.asarray(outputs[0], np.float32)
+        for layer in layers:
+            del layer.call
+    return called[0] if called else None

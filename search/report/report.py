@@ -40,7 +40,11 @@ def html(run: source.Run) -> str:
         sections.append(("search", "How the search went", search_section.parts(run)))
     if run.kind != "objective":
         sections += [
-            ("winners", "The winners", winner_section.parts(run)),
+            (
+                "winners",
+                "The models" if run.is_comparison else "The winners",
+                winner_section.parts(run),
+            ),
             ("data", "The data", origin.data_parts(run)),
         ]
     sections.append(("again", "How to do it again", origin.again_parts(run)))
