@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import optuna
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
@@ -115,13 +116,13 @@ def hours_figure(reached: Sequence[Reached], value_name: str) -> go.Figure:
     return theme.styled(figure, x=f"{unit} of searching", y=value_name)
 
 
-def history_figure(run: Run) -> go.Figure:
-    """Optuna's history, in the page's colours."""
-    from optuna.visualization import plot_optimization_history
+def history_figure(study: optuna.Study, run: Run) -> go.Figure:
+    """Optuna's history, in the page's colours.
 
-    from search.report.space import snapshot
-
-    figure = plot_optimization_history(snapshot(run.trials), target_name=run.value_name)
+    Args:
+        study: a snapshot of the run's (search/report/space.py).
+    """
+    figure = optuna.visualization.plot_optimization_history(study, target_name=run.value_name)
     figure.update_traces(
         selector={"mode": "markers"},
         marker={"color": theme.GREY, "size": 6, "opacity": 0.75},

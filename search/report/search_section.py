@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import optuna
+
 from search.report import course, page, space, timeline
 from search.report.page import Html, shown
 from search.report.source import Run
@@ -15,7 +17,8 @@ logger = logging.getLogger("search")
 def parts(run: Run) -> list[Html]:
     if not run.trials:
         return [page.note("No trial has been started yet.")]
-    return [*_warnings(run), *_course(run), *_space(run)]
+    study = space.snapshot(run.trials)
+    return [*_warnings(run), *_course(run, study), *_space(run, study)]
 
 
 def _warnings(run: Run) -> list[Html]:
@@ -51,14 +54,14 @@ def _warnings(run: Run) -> list[Html]:
     return made
 
 
-def _course(run: Run) -> list[Html]:
+def _course(run: Run, study: optuna.Study) -> list[Html]:
     reached = course.best_so_far(run.trials)
     figures = []
     if run.complete:
         figures.append(
             _plotted(
                 "Best so far, by trials",
-                lambda: course.history_figure(run),
+                lambda: course.history_figure(study, run),
                 "Line: the best value so far. Dots: trials that were not pruned. A few far lower "
                 "ones may lie below the axis: double-click shows all.",
                 height=300,
@@ -99,10 +102,9 @@ def _course(run: Run) -> list[Html]:
     return made
 
 
-def _space(run: Run) -> list[Html]:
+def _space(run: Run, study: optuna.Study) -> list[Html]:
     if len(run.complete) < 2:
         return [page.note("Fewer than two trials are complete: no params can be compared yet.")]
-    study = space.snapshot(run.trials)
     ranked = _importances(study)
     params = space.chosen_params(study, list(ranked))
     if not params:
@@ -126,43 +128,43 @@ def _space(run: Run) -> list[Html]:
                 f"{len(run.complete)}."
             )
         )
-    points = space.snapshot(run.trials, space.MOST_POINTS)
-    two = space.pair(points, list(ranked))
+    drawn = study
+    if len(run.complete) > space.MOST_DRAWN:
+        drawn = space.snapshot(run.trials, space.MOST_DRAWN)
+    two = space.pair(drawn, list(ranked))
     if len(two) == 2:
         made.append(
             _plotted(
                 "The two most important together",
-                lambda: space.contour_figure(points, two, run.value_name),
+                lambda: space.contour_figure(drawn, two, run.value_name),
                 f"Colour: {run.value_name}, interpolated between the trials (dots) that have both."
-                + _left_out(run, space.MOST_POINTS),
+                + _left_out(run),
                 height=360,
             )
         )
     made = [page.columns(made)]
-    lines = space.snapshot(run.trials, space.MOST_LINES)
     made.append(
         _plotted(
             "Parallel coordinates",
-            lambda: space.parallel_figure(lines, params, run.value_name.rpartition(" ")[2]),
-            f"A line is a trial, the stronger the better. {_chosen(run, params)}"
-            + _left_out(run, space.MOST_LINES),
+            lambda: space.parallel_figure(drawn, params, run.value_name.rpartition(" ")[2]),
+            f"A line is a trial, the stronger the better. {_chosen(run, params)}" + _left_out(run),
             height=380,
             least_width=110 * (len(params) + 1),
         )
     )
     sliced = list(ranked)[: space.MOST_PARAMS] or params
     caption = f"Each hyperparameter against {run.value_name}, the most important first."
-    made.append(page.heading("Slices", caption + _left_out(run, space.MOST_POINTS)))
+    made.append(page.heading("Slices", caption + _left_out(run)))
     slices = [
         _plotted(
-            name, lambda name=name: space.slice_figure(points, name, run.value_name), height=220
+            name, lambda name=name: space.slice_figure(drawn, name, run.value_name), height=220
         )
         for name in sliced
     ]
     return [*made, page.columns(slices, narrow=True)]
 
 
-def _importances(study) -> dict[str, float]:
+def _importances(study: optuna.Study) -> dict[str, float]:
     try:
         return space.importances(study)
     except Exception as error:  # Optuna's own: the page does without
@@ -206,7 +208,8 @@ def _thinned(run: Run, drawn: list[course.Curve]) -> str:
     )
 
 
-def _left_out(run: Run, most: int) -> str:
+def _left_out(run: Run) -> str:
+    most = space.MOST_DRAWN
     if len(run.complete) <= most:
         return ""
     return (

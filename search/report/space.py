@@ -21,8 +21,7 @@ from search.report import theme
 from search.report.page import label
 
 LEAST_COMPLETE = 8  # for importances: a guess, below which they are noise
-MOST_LINES = 200  # in the parallel coordinates
-MOST_POINTS = 400  # in a slice
+MOST_DRAWN = 250  # complete trials in parallel coordinates, slices and contour
 MOST_PARAMS = 8
 EDGE = 0.02  # of a range, on either side
 _FEWEST_STEPS = 4  # of a range of whole numbers that has edges worth a warning

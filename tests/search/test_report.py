@@ -49,6 +49,15 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The same of 12 trials, with one winner of one seed."""
+    folder = tmp_path_factory.mktemp("small")
+    study = made_up_run.study_of(12)
+    made_up_run.write_metrics(study, folder, seeds=1)
+    return folder, study
+
+
+@pytest.fixture(scope="module")
 def run(finished):
     folder, study = finished
     return source.read(study, folder, "Which is best?")
@@ -149,7 +158,7 @@ def test_it_is_dark_where_the_reader_wants_it_dark_and_light_on_paper(page):
 def test_what_the_user_wrote_is_text(tmp_path):
     classes = (EVIL, *made_up_run.CLASSES[1:])
     extra = [(EVIL, (EVIL, "<img src=x onerror=y>", "%{y}"))]
-    study = made_up_run.study_of(40, classes=classes, extra_params=extra)
+    study = made_up_run.study_of(20, classes=classes, extra_params=extra)
     made_up_run.write_metrics(study, tmp_path, classes=classes)
     shown = report.html(source.read(study, tmp_path, EVIL))
     assert "<script>alert" not in shown
@@ -181,7 +190,9 @@ def test_best_so_far_is_in_the_order_of_ends_and_skips_pauses():
 
 
 def test_history_by_trials_is_the_running_maximum(run):
-    line = next(t for t in course.history_figure(run).data if t.mode == "lines")
+    line = next(
+        t for t in course.history_figure(space.snapshot(run.trials), run).data if t.mode == "lines"
+    )
     best, expected = -1.0, []
     for trial in run.trials:
         if trial.state == TrialState.COMPLETE:
@@ -488,16 +499,16 @@ def comparison(folder):
     return study
 
 
-def test_a_run_without_pictures_says_so(finished, tmp_path):
-    folder, study = finished
+def test_a_run_without_pictures_says_so(small, tmp_path):
+    folder, study = small
     shutil.copytree(folder, tmp_path / "run")
     for path in (tmp_path / "run").rglob("*-pictures.npz"):
         path.unlink()
     assert "No images, filters or activations" in report.html(source.read(study, tmp_path / "run"))
 
 
-def test_a_changed_file_is_not_shown(finished, tmp_path):
-    folder, study = finished
+def test_a_changed_file_is_not_shown(small, tmp_path):
+    folder, study = small
     shutil.copytree(folder, tmp_path / "run")
     seed = source.read(study, tmp_path / "run").winners[0]["seeds"][0]
     with (tmp_path / "run" / seed["evaluation"]).open("ab") as stream:
@@ -517,15 +528,15 @@ def test_a_run_that_has_not_begun(tmp_path):
         source.read(study, tmp_path)
 
 
-def test_a_search_that_went_on_after_its_winners_says_so(finished, tmp_path):
-    folder, _ = finished
-    more = made_up_run.study_of(120)
+def test_a_search_that_went_on_after_its_winners_says_so(small):
+    folder, _ = small
+    more = made_up_run.study_of(15)
     shown = report.html(source.read(more, folder))
-    assert "120 trials are finished, the winners are those of 100" in shown
+    assert "15 trials are finished, the winners are those of 12" in shown
 
 
-def test_the_file_appears_whole(finished, tmp_path):
-    folder, study = finished
+def test_the_file_appears_whole(small, tmp_path):
+    folder, study = small
     path = tmp_path / "report.html"
     report.write(study, folder, path, "Which?")
     assert path.read_text().startswith("<!doctype html>")
