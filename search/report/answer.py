@@ -7,10 +7,18 @@ from typing import Any
 
 from search.progress import duration
 from search.report import bars, page
-from search.report.bars import name_of
+from search.report.bars import name_of, point_name
 from search.report.page import Html, shown, text
 from search.report.source import Run
 
+_WHY_NO_METRICS = {
+    "space": "The winners have not been retrained yet: there is no test accuracy. What is shown is "
+    "the state of the search when this page was written.",
+    "objective": "This study has an objective of its own: there is no model to retrain and no test "
+    "accuracy.",
+    "comparison": "Not all points have been trained yet: the test set is measured after that. What "
+    "is shown was there when this page was written.",
+}
 _PARTS = {"train": "train", "val": "validation", "test": "test"}
 
 
@@ -37,20 +45,19 @@ def parts(run: Run) -> list[Html]:
 
 def _without_metrics(run: Run) -> list[Html]:
     made = []
-    if run.complete:
-        best = run.complete[0]
+    best = run.complete[0] if run.complete else None
+    if best:
         remark = f"of trial {best.number}, so far the best"
         is_share = run.kind != "objective"
         made.append(_big(best.value or 0.0, run.value_name, remark, as_share=is_share))
-    words = (
-        "This study has an objective of its own: there is no model to retrain and no test accuracy."
-        if run.kind == "objective"
-        else "The winners have not been retrained yet: there is no test accuracy. "
-        "What is shown is the state of the search when this page was written."
-    )
-    made += [page.note(words), page.tiles(_costs(run))]
-    if run.complete:
-        best = run.complete[0]
+    made += [page.note(_WHY_NO_METRICS[run.kind]), page.tiles(_costs(run))]
+    if best and run.is_comparison:
+        rows = [
+            (point_name(trial.params), f"{trial.value:.4f}", trial.user_attrs.get("seeds", ""))
+            for trial in run.complete
+        ]
+        made += [page.heading("Points so far"), page.table(("", run.value_name, "seeds"), rows)]
+    elif best:
         made += [
             page.heading("The best configuration so far", f"Trial {best.number}."),
             page.pairs((name, shown(value)) for name, value in best.params.items()),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
@@ -91,12 +92,15 @@ def name_of(winner: Winner, run: Run) -> str:
     """A point of a comparison by its value, with what it began from; else the trial."""
     if not run.is_comparison:
         return f"{run.name}, trial {winner['trial']}"
-    params = winner["params"]
-    name = ", ".join(
-        shown(value) if len(params) == 1 else f"{key}={shown(value)}"
-        for key, value in params.items()
-    )
+    name = point_name(winner["params"])
     return f"{name} ({winner['weights']})" if winner["weights"] else name
+
+
+def point_name(params: Mapping[str, Any]) -> str:
+    """A point of one hyperparameter is named by its value."""
+    if len(params) == 1:
+        return str(*params.values())
+    return ", ".join(f"{name}={shown(value)}" for name, value in params.items())
 
 
 def _named(bar: Bar) -> str:

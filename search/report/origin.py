@@ -30,9 +30,9 @@ def data_parts(run: Run) -> list[Html]:
                 ("images", f"{height}x{width}, {channels} channel{'s' * (channels != 1)}"),
                 ("classes", len(names)),
                 ("training images", f"{run.started.get('num_images', 0):,}"),
-                ("SHA-256", f"{dataset['sha256'][:16]}…"),
             ]
-        )
+        ),
+        page.pairs([("SHA-256 of the content", dataset["sha256"])], wide=True),
     ]
     pictures = run.pictures(run.winners[0]) if run.winners else {}
     if counts := class_counts(run, pictures):

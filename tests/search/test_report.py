@@ -484,6 +484,14 @@ def test_a_comparison_has_no_search_but_all_points(tmp_path):
     )
 
 
+def test_a_comparison_that_still_runs_shows_the_points_so_far(tmp_path):
+    study = comparison(tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    content = report.html(source.read(study, tmp_path))
+    assert "Not all points have been trained yet" in content
+    assert "<th scope=row>mlp</th><td>0.9000</td>" in content
+
+
 def comparison(folder):
     study = optuna.create_study(study_name="made-up", direction="maximize")
     study.set_user_attr("run", made_up_run.run_attribute("comparison"))
