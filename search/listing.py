@@ -53,7 +53,7 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
             "" if row.seconds is None else f"{row.seconds:.0f}",
             str(row.attempts),
             row.reason,
-            ", ".join(f"{k}={_short(v)}" for k, v in row.params.items() if k in params),
+            ", ".join(f"{k}={results.short(v)}" for k, v in row.params.items() if k in params),
         )
     _console.print(table)
     states = [row.state for row in rows]
@@ -147,7 +147,7 @@ def _print_compared(figures: dict[str, Any]) -> None:
     table = _table("", "train", "validation", "test accuracy", "seeds", "epochs", "parameters")
     published = _table("published", "figure", "there", "here", "difference")
     for winner in winners:
-        name = _point_name(winner["params"])
+        name = results.point_name(winner["params"])
         label = f"{name} ({winner['weights']})" if winner["weights"] else name
         here = {
             f"{short}_{figure}": (winner[part]["mean"][figure], winner[part]["std"][figure])
@@ -177,13 +177,6 @@ def _spread(figure: tuple[float, float]) -> str:
     return f"{figure[0]:.4f} ± {figure[1]:.4f}"
 
 
-def _point_name(params: dict[str, Any]) -> str:
-    """A point of one hyperparameter is named by its value."""
-    if len(params) == 1:
-        return str(*params.values())
-    return ", ".join(f"{name}={_short(value)}" for name, value in params.items())
-
-
 def _run_of(folder: Path, name: str) -> str:
     try:
         study = storage.read_study(storage.url_in(folder, None), name)
@@ -208,7 +201,3 @@ def _varying(all_params: list[dict[str, Any]]) -> set[str]:
     """The hyperparameters that are not the same in every trial."""
     names = {name for params in all_params for name in params}
     return {n for n in names if len({str(params.get(n)) for params in all_params}) > 1}
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from search import results
 from search.progress import duration
 from search.report import bars, page
-from search.report.bars import name_of, point_name
-from search.report.page import Html, shown, text
+from search.report.bars import name_of
+from search.report.page import Html, text
 from search.report.source import Run
+from search.results import short
 
 _WHY_NO_METRICS = {
     "space": "The winners have not been retrained yet: there is no test accuracy. What is shown is "
@@ -32,7 +34,7 @@ def parts(run: Run) -> list[Html]:
         best = run.winners[0]
         made += [
             page.heading("The best configuration", f"Trial {best['trial']}."),
-            page.pairs((name, shown(value)) for name, value in best["params"].items()),
+            page.pairs((name, short(value)) for name, value in best["params"].items()),
         ]
     bars_ = bars.bars(run)
     if len(bars_) > 1:
@@ -53,14 +55,18 @@ def _without_metrics(run: Run) -> list[Html]:
     made += [page.note(_WHY_NO_METRICS[run.kind]), page.tiles(_costs(run))]
     if best and run.is_comparison:
         rows = [
-            (point_name(trial.params), f"{trial.value:.4f}", trial.user_attrs.get("seeds", ""))
+            (
+                results.point_name(trial.params),
+                f"{trial.value:.4f}",
+                trial.user_attrs.get("seeds", ""),
+            )
             for trial in run.complete
         ]
         made += [page.heading("Points so far"), page.table(("", run.value_name, "seeds"), rows)]
     elif best:
         made += [
             page.heading("The best configuration so far", f"Trial {best.number}."),
-            page.pairs((name, shown(value)) for name, value in best.params.items()),
+            page.pairs((name, short(value)) for name, value in best.params.items()),
         ]
     return made
 
@@ -83,7 +89,7 @@ def _hero(run: Run) -> list[Html]:
 
 
 def _big(value: float, what: str, remark: str, *, as_share: bool = True) -> Html:
-    number = f"{100 * value:.2f}<small> %</small>" if as_share else text(shown(float(value)))
+    number = f"{100 * value:.2f}<small> %</small>" if as_share else text(short(float(value)))
     return Html(
         f'<div class="hero"><b>{number}</b><span><strong>{text(what)}</strong>{text(remark)}</span>'
         "</div>"

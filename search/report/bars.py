@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 
+from search import results
 from search.report import references, theme
-from search.report.page import label, shown
+from search.report.page import label
 from search.report.source import Run, Winner
 
 _OURS, _BASELINE, _FIELD = "this run", "published baselines", "field's references"
@@ -92,15 +92,8 @@ def name_of(winner: Winner, run: Run) -> str:
     """A point of a comparison by its value, with what it began from; else the trial."""
     if not run.is_comparison:
         return f"{run.name}, trial {winner['trial']}"
-    name = point_name(winner["params"])
+    name = results.point_name(winner["params"])
     return f"{name} ({winner['weights']})" if winner["weights"] else name
-
-
-def point_name(params: Mapping[str, Any]) -> str:
-    """A point of one hyperparameter is named by its value."""
-    if len(params) == 1:
-        return str(*params.values())
-    return ", ".join(f"{name}={shown(value)}" for name, value in params.items())
 
 
 def _named(bar: Bar) -> str:

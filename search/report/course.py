@@ -15,8 +15,9 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
 from search.report import theme
-from search.report.page import label, shown
+from search.report.page import label
 from search.report.source import Run
+from search.results import short
 
 MOST_CURVES = 300  # two thirds the best, the others drawn at random
 
@@ -197,7 +198,7 @@ def _last_value(trial: FrozenTrial) -> float:
 
 
 def _described(trial: FrozenTrial) -> str:
-    params = [f"{label(name)}={label(shown(value))}" for name, value in trial.params.items()]
+    params = [f"{label(name)}={label(short(value))}" for name, value in trial.params.items()]
     lines = [", ".join(params[i : i + 4]) for i in range(0, len(params), 4)]
     head = f"<b>trial {trial.number}</b>, {trial.state.name.lower()}"
     # plotly.js would read these as a format.

@@ -42,11 +42,6 @@ def label(value: Any) -> str:
     return html.escape(shown, quote=False)
 
 
-def shown(value: object) -> str:
-    """A param as it is read: four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def plot(
     title: str, figure: go.Figure, caption: str = "", *, height: int = 340, least_width: int = 0
 ) -> Html:

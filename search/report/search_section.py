@@ -8,8 +8,9 @@ from collections.abc import Callable
 import optuna
 
 from search.report import course, page, space, timeline
-from search.report.page import Html, shown
+from search.report.page import Html
 from search.report.source import Run
+from search.results import short
 
 logger = logging.getLogger("search")
 
@@ -27,7 +28,7 @@ def _warnings(run: Run) -> list[Html]:
     edges = space.at_edges(run.complete[0]) if run.complete else []
     if edges:
         named = "; ".join(
-            f"{edge.name} is {shown(edge.value)} in {shown(edge.low)} to {shown(edge.high)}"
+            f"{edge.name} is {short(edge.value)} in {short(edge.low)} to {short(edge.high)}"
             for edge in edges
         )
         made.append(
