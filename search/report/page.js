@@ -39,10 +39,11 @@ function template(isDark) {
   };
 }
 
-function draw({ div, spec }, isDark) {
+function draw({ div, spec }, isDark, isOnPaper = false) {
   const { data, layout } = isDark ? inDark(spec) : structuredClone(spec);
   layout.template = template(isDark);
   layout.autosize = true;
+  if (isOnPaper) layout.width = div.clientWidth; // measured at once: nothing waits for a resize
   if (isTouch) layout.dragmode = false; // a finger scrolls the page
   const config = {
     responsive: true,
@@ -53,8 +54,8 @@ function draw({ div, spec }, isDark) {
   return Plotly.react(div, data, layout, config);
 }
 
-function drawAll(isDark) {
-  charts.forEach((chart) => draw(chart, isDark));
+function drawAll(isDark, isOnPaper = false) {
+  charts.forEach((chart) => draw(chart, isDark, isOnPaper));
 }
 
 function drawFrom(index) {
@@ -71,9 +72,11 @@ darkQuery.addEventListener("change", () => drawAll(darkQuery.matches));
 addEventListener("beforeprint", () => {
   folded = [...document.querySelectorAll("details:not([open])")];
   folded.forEach((one) => { one.open = true; });
-  drawAll(false);
+  document.body.classList.add("paper"); // as wide as a page, while figures are measured
+  drawAll(false, true);
 });
 addEventListener("afterprint", () => {
+  document.body.classList.remove("paper");
   folded.forEach((one) => { one.open = false; });
   drawAll(darkQuery.matches);
 });
