@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 from collections.abc import Callable
 
@@ -154,11 +155,14 @@ def _space(run: Run, study: optuna.Study) -> list[Html]:
         )
     )
     sliced = list(ranked)[: space.MOST_PARAMS] or params
-    caption = f"Each hyperparameter against {run.value_name}, the most important first."
+    order = ", the most important first" if ranked else ""
+    caption = f"Each hyperparameter against {run.value_name}{order}."
     made.append(page.heading("Slices", caption + _left_out(run)))
     slices = [
         _plotted(
-            name, lambda name=name: space.slice_figure(drawn, name, run.value_name), height=220
+            html.unescape(name),  # the snapshot's names are escaped
+            lambda name=name: space.slice_figure(drawn, name, run.value_name),
+            height=220,
         )
         for name in sliced
     ]

@@ -164,6 +164,7 @@ def test_what_the_user_wrote_is_text(tmp_path):
     assert "<script>alert" not in shown
     assert "<img src=x" not in shown
     assert html.escape(EVIL) in shown
+    assert "&amp;lt;script" not in shown  # escaped once
     own = Page(shown)
     assert own.scripts == len(own.figures) + 2  # plotly.js and ours
     # plotly.js reads some HTML in names: they reach it escaped.

@@ -172,6 +172,28 @@ def test_a_deleted_prediction_is_measured_again_without_training(study, tmp_path
     assert [content["task"] for _, _, content in pool.given] == ["evaluate"]
 
 
+def test_pictures_are_those_of_the_first_seed_and_made_again_where_missing(study, tmp_path):
+    retraining = retrain(study, tmp_path, pool_of(tmp_path), seeds=2)
+    first, second = (job.record for job in retraining.jobs)
+    pictures = tmp_path / first["pictures"]
+    assert first["pictures_sha256"] == artifacts.sha256(pictures)
+    assert "pictures" not in second
+    pictures.unlink()
+    pool = pool_of(tmp_path)
+    retrain(study, tmp_path, pool, seeds=2)
+    assert [content["task"] for _, _, content in pool.given] == ["evaluate"]
+
+
+def test_a_run_of_an_earlier_version_is_not_measured_again_for_pictures(study, tmp_path):
+    for job in retrain(study, tmp_path, pool_of(tmp_path), seeds=1).jobs:
+        for name in ("pictures", "pictures_sha256"):
+            del job.record[name]
+        study.set_user_attr(job.key, job.record)
+    pool = pool_of(tmp_path)
+    retrain(study, tmp_path, pool, seeds=1)
+    assert pool.given == []
+
+
 def test_a_lost_worker_s_job_runs_again_until_max_attempts(study, tmp_path):
     pool = pool_of(tmp_path, num_slots=1)
     work = pool._script
