@@ -313,6 +313,36 @@ def export(
 
 
 @cli.command(context_settings=_CONTEXT)
+@_study
+@_out
+@_storage
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="To write.  [default: report.html in the run's folder]",
+)
+@click.option("--open", "opens", is_flag=True, help="Show it in the browser.")
+def report(
+    study: str, out: Path | None, storage: str | None, file: Path | None, opens: bool
+) -> None:
+    """Write one HTML page about a run, while it runs or after: figures, images, how to do it again.
+
+    \b
+    Example:
+      fmnist-search report --study cnn --open
+    """
+    from search import catalogue
+    from search.report import report
+
+    opened, folder = _opened(study, out, storage)
+    path = file or folder / report.NAME
+    report.write(opened, folder, path, catalogue.find(study).summary)
+    click.echo(path)
+    if opens:
+        click.launch(str(path))
+
+
+@cli.command(context_settings=_CONTEXT)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--study", metavar="NAME|FILE.py", help="Whose space it is.  [default: the config's]")
 @click.option("--dataset", metavar="NAME|FILE.npz|DIR", help="[default: the config's]")

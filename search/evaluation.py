@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from search import artifacts, datasets
+from search import artifacts, datasets, pictures
 from search.errors import EXIT_NOTHING_USABLE, SearchError
 
 SMALLEST_PROBABILITY = 1e-7  # in the loss; keras.config.epsilon(), so that both agree
@@ -27,6 +27,8 @@ def predict_test(
     dataset: str,
     out_path: str | Path,
     history: Mapping[str, Sequence[float]],
+    *,
+    pictures_path: str | Path | None = None,
 ) -> None:
     """Lets a saved model classify the test set and writes what it said. Runs in a worker.
 
@@ -36,15 +38,22 @@ def predict_test(
         out_path: the `.npz` to write: probabilities (n, classes) float32, labels (n,) uint8 and,
             for each entry of `history`, `history_<name>` (reports,) float64.
         history: of the training, one figure a report; kept beside the predictions for the report.
+        pictures_path: another `.npz` to write, of what the report's pictures show
+            (search/pictures.py).
 
     Raises:
         SearchError: if the test set is unusable, the model does not fit it, or the disk is full.
     """
     x, y = datasets.load_test(dataset)
-    arrays: dict[str, Any] = {"probabilities": predict(model_path, x), "labels": y}
+    model = _loaded(model_path, x)
+    probabilities = _predict(model, x)
+    arrays: dict[str, Any] = {"probabilities": probabilities, "labels": y}
     arrays |= {f"history_{name}": np.asarray(values, float) for name, values in history.items()}
     with artifacts.write_atomically(out_path) as temporary:
         np.savez(temporary, **arrays)
+    if pictures_path is not None:
+        train = datasets.load_train(dataset)
+        pictures.write(pictures_path, model, (x, y), probabilities, train)
 
 
 def predict(model_path: str | Path, x: np.ndarray) -> np.ndarray:
@@ -53,9 +62,11 @@ def predict(model_path: str | Path, x: np.ndarray) -> np.ndarray:
     Raises:
         SearchError: if the model takes images of another shape.
     """
-    import keras
+    return _predict(_loaded(model_path, x), x)
 
-    from search import backend
+
+def _loaded(model_path: str | Path, x: np.ndarray) -> Any:
+    import keras
 
     model = keras.models.load_model(model_path, compile=False)
     wanted = model.input_shape[1:]
@@ -63,6 +74,12 @@ def predict(model_path: str | Path, x: np.ndarray) -> np.ndarray:
         size not in (None, given) for size, given in zip(wanted, x.shape[1:], strict=True)
     ):
         raise SearchError(f"{model_path} takes images of shape {wanted}. Received: {x.shape[1:]}")
+    return model
+
+
+def _predict(model: Any, x: np.ndarray) -> np.ndarray:
+    from search import backend
+
     labels = np.zeros(len(x), np.uint8)  # the batches have them; predict ignores them
     return as_probabilities(model.predict(backend.validation_batches(x, labels), verbose=0))
 

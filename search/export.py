@@ -14,7 +14,8 @@ metrics.json, schema 1:
         training, the mean), weights (label of pretrained ones, or None), of a comparison also
         validated (True), train and validation {mean, std} of accuracy and loss, published
         {<figure>}, diverged (seed numbers), test {mean, std}, seeds: [{seed, model, model_sha256,
-        evaluation, evaluation_sha256, test {<figure>, per_class, confusion_matrix}}]}],
+        evaluation, evaluation_sha256, test {<figure>, per_class, confusion_matrix}; the first also
+        pictures, pictures_sha256 (search/pictures.py)}]}],
     ensemble: the mean of the probabilities of all these models, {models, test}; None for fewer
         than two
 
@@ -261,9 +262,10 @@ def _mean(values: list[float]) -> float | None:
 
 def _seed(job: Job, class_names: Sequence[str], folder: Path) -> dict[str, Any]:
     names = ("seed", "model", "model_sha256", "evaluation", "evaluation_sha256")
+    pictures = [name for name in ("pictures", "pictures_sha256") if name in job.record]
     with np.load(folder / job.record["evaluation"]) as saved:
         test = evaluation.measure(saved["probabilities"], saved["labels"], class_names)
-    return {**{name: job.record[name] for name in names}, "test": test}
+    return {**{name: job.record[name] for name in (*names, *pictures)}, "test": test}
 
 
 def _ensemble(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict[str, Any] | None:

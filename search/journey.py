@@ -118,7 +118,14 @@ class _Journey:
 
     def go(self, devices_: list[devices.Device], final: bool) -> Outcome:
         if outcome := self._already_done(final):
+            if not self._has_report():
+                self._report()
             return outcome
+        outcome = self._run_what_is_missing(devices_, final)
+        self._report()
+        return outcome
+
+    def _run_what_is_missing(self, devices_: list[devices.Device], final: bool) -> Outcome:
         folders.clean(self._folder)
         opening = {"type": "open", "file": str(self._entry.file)}
         engine = LocalEngine(self._folder / "logs")
@@ -305,6 +312,25 @@ class _Journey:
         notes.save_answer(self._study, figures)
         self._study.set_user_attr("measured", self._measured(jobs))
         return figures
+
+    def _report(self) -> None:
+        """Draw the run; it has reached what it was to reach, whether or not that can be drawn."""
+        from search.report import report  # plotly is only imported where something is drawn
+
+        assert self._study is not None
+        path = self._folder / report.NAME
+        try:
+            report.write(self._study, self._folder, path, self._entry.summary)
+        except Exception as error:
+            logger.warning("%s could not be written: %s", path, error)
+            logger.debug("the report failed", exc_info=True)
+
+    def _has_report(self) -> bool:
+        """Whether there is one, not older than what it shows."""
+        shown, drawn = self._folder / "metrics.json", self._folder / "report.html"
+        if not drawn.is_file():
+            return False
+        return not shown.is_file() or shown.stat().st_mtime_ns <= drawn.stat().st_mtime_ns
 
     def _measured(self, jobs: list[Job]) -> dict[str, Any]:
         """What metrics.json was made from: made again when any of it is another."""

@@ -63,7 +63,9 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
             "" if row.seconds is None else f"{row.seconds:.0f}",
             str(row.attempts),
             escape(row.reason),
-            escape(", ".join(f"{k}={_short(v)}" for k, v in row.params.items() if k in params)),
+            escape(
+                ", ".join(f"{k}={results.short(v)}" for k, v in row.params.items() if k in params)
+            ),
         )
     _console.print(table)
     states = [row.state for row in rows]
@@ -124,6 +126,9 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
         _print_compared(outcome.metrics)
     elif outcome.metrics:
         _print_winners(outcome.metrics)
+    report = outcome.folder / "report.html"
+    if report.is_file():
+        _console.print(f"report: {report}", soft_wrap=True)
     can_predict = outcome.metrics and "--storage" not in same_run  # its images need no study
     _console.print("Next:", style="bold")
     for command in (
@@ -231,7 +236,7 @@ def _print_compared(figures: dict[str, Any]) -> None:
     table = _table("", "train", "validation", "test accuracy", "seeds", "epochs", "parameters")
     published = _table("published", "figure", "there", "here", "difference")
     for winner in winners:
-        name = _point_name(winner["params"])
+        name = results.point_name(winner["params"])
         label = f"{name} ({winner['weights']})" if winner["weights"] else name
         here = {
             f"{short}_{figure}": (winner[part]["mean"][figure], winner[part]["std"][figure])
@@ -261,20 +266,13 @@ def _spread(figure: tuple[float, float]) -> str:
     return f"{figure[0]:.4f} ± {figure[1]:.4f}"
 
 
-def _point_name(params: dict[str, Any]) -> str:
-    """A point of one hyperparameter is named by its value."""
-    if len(params) == 1:
-        return str(*params.values())
-    return ", ".join(f"{name}={_short(value)}" for name, value in params.items())
-
-
 def _print_pairs(heading: str, pairs: dict[str, Any]) -> None:
     if not pairs:
         return
     _console.print(f"\n{heading}", style="bold")
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for name, value in pairs.items():
-        shown = f"{value:,}" if isinstance(value, int) and name in _COUNTS else _short(value)
+        shown = f"{value:,}" if isinstance(value, int) and name in _COUNTS else results.short(value)
         table.add_row(Text(name), Text(shown))
     _console.print(table)
 
@@ -335,7 +333,3 @@ def _varying(all_params: list[dict[str, Any]]) -> set[str]:
     """The hyperparameters that are not the same in every trial."""
     names = {name for params in all_params for name in params}
     return {n for n in names if len({str(params.get(n)) for params in all_params}) > 1}
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

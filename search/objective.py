@@ -194,14 +194,27 @@ class KerasTasks:
         }
 
     def evaluate(self, tell: Callable[..., None], message: Message) -> Message:
-        """Measure a saved winner on the test set."""
+        """Measure a saved winner on the test set.
+
+        Args:
+            message: model; history of its training; path of the predictions, and of the pictures
+                or None.
+        """
         from search import evaluation
 
-        path = Path(message["path"])
+        path, pictures = Path(message["path"]), message["pictures"]
         evaluation.predict_test(
-            Path(message["model"]), self._settings["dataset"], path, message["history"]
+            Path(message["model"]),
+            self._settings["dataset"],
+            path,
+            message["history"],
+            pictures_path=pictures,
         )
-        return {"outcome": "complete", "sha256": artifacts.sha256(path)}
+        return {
+            "outcome": "complete",
+            "sha256": artifacts.sha256(path),
+            "pictures_sha256": pictures and artifacts.sha256(pictures),
+        }
 
     def predict(self, tell: Callable[..., None], message: Message) -> Message:
         """Class probabilities of image files: the mean over the models."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import optuna
@@ -150,6 +151,18 @@ def search_seconds(study: optuna.Study) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+def point_name(params: Mapping[str, Any]) -> str:
+    """A point of one hyperparameter is named by its value."""
+    if len(params) == 1:
+        return str(*params.values())
+    return ", ".join(f"{name}={short(value)}" for name, value in params.items())
+
+
+def short(value: Any) -> str:
+    """A param as it is read: four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _row(trial: FrozenTrial) -> Row:

@@ -31,6 +31,7 @@ logger = logging.getLogger("search")
 WORTH_A_START = 60  # seconds of training
 # What a worker tells of a training that is stored as it is.
 _FOUND = ("parameters", "flops", "history", "kept_epochs", "train", "validation")
+_MEASURED = ("evaluation", "evaluation_sha256", "pictures", "pictures_sha256")
 
 
 @dataclass
@@ -164,7 +165,13 @@ class Retraining:
             job
             for job in self.jobs
             if "diverged" not in job.record
-            and not self._intact(job, "evaluation", "evaluation_sha256")
+            and not (
+                self._intact(job, "evaluation", "evaluation_sha256")
+                # An earlier version wrote no pictures: nothing is measured again for them.
+                and (
+                    "pictures" not in job.record or self._intact(job, "pictures", "pictures_sha256")
+                )
+            )
         ]
 
     def _intact(self, job: Job, name: str, hash_name: str) -> bool:
@@ -261,7 +268,7 @@ class Retraining:
             job.record["diverged"] = message["reason"]
             logger.warning("%s diverged: %s", job.stem, message["reason"])
             return
-        for name in ("evaluation", "evaluation_sha256"):  # they were another model's
+        for name in _MEASURED:  # they were another model's
             job.record.pop(name, None)
         job.record |= {
             "model": f"models/{job.stem}.keras",
@@ -280,6 +287,7 @@ class Retraining:
             "model": str(self._folder / job.record["model"]),
             "path": str(self._folder / "evaluation" / f"{job.stem}.npz"),
             "history": job.record["history"],
+            "pictures": str(self._folder / _pictures(job)) if job.index == 0 else None,
         }
 
     def _measured(self, job: Job, message: Message) -> None:
@@ -287,7 +295,17 @@ class Retraining:
             "evaluation": f"evaluation/{job.stem}.npz",
             "evaluation_sha256": message["sha256"],
         }
+        if job.index == 0:
+            job.record |= {
+                "pictures": _pictures(job),
+                "pictures_sha256": message["pictures_sha256"],
+            }
         logger.info("%s measured on the test set", job.stem)
+
+
+def _pictures(job: Job) -> str:
+    """Where the report's pictures of a winner lie; they are those of its first seed."""
+    return f"evaluation/{job.stem}-pictures.npz"
 
 
 def _length(trial: FrozenTrial, settings: Settings, num_reports: int) -> dict[str, Any]:

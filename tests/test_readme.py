@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = ("studies", "show", "dashboard", "retrain", "export", "train", "predict", "doctor", "")
+COMMANDS = (
+    *("studies", "show", "dashboard", "retrain", "export", "train", "predict", "doctor", "report"),
+    *("repair", "repeat", ""),
+)
 
 
 def test_every_command_and_option_exists():

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = (
     *("studies", "show", "dashboard", "retrain", "export", "train", "predict", "repair", "repeat"),
     "doctor",
+    "report",
 )
 QUICK = ["-m", "search"]
 

@@ -88,8 +88,9 @@ def test_every_artifact_is_the_one_that_the_study_names(run_folder):
     attrs = study_of(run_folder).user_attrs
     records = [value for key, value in attrs.items() if key.startswith("retrained:")]
     named = {r[n]: r[f"{n}_sha256"] for r in records for n in ("model", "evaluation")}
+    named |= {r["pictures"]: r["pictures_sha256"] for r in records if "pictures" in r}
     named |= attrs["artifacts"]
-    assert len(named) == 2 * 2 + 3
+    assert len(named) == 2 * 2 + 1 + 3
     for name, sha256 in named.items():
         assert artifacts.sha256(run_folder / name) == sha256
     kept = ("models", "evaluation", "configs")

@@ -1,5 +1,7 @@
 """Which winners are trained how long, on how many cores, and what is done again."""
 
+from pathlib import Path
+
 import pytest
 
 from search import artifacts, devices, storage
@@ -80,6 +82,7 @@ def worker(folder, pool):
             "outcome": "complete",
             "rss": 1,
             "sha256": artifacts.sha256(path),
+            "pictures_sha256": pictures(task),
             "history": {"loss": [1.0]},
             "parameters": 7,
             "flops": 9,
@@ -90,6 +93,14 @@ def worker(folder, pool):
         }
 
     return script
+
+
+def pictures(task):
+    if not task.get("pictures"):
+        return None
+    path = Path(task["pictures"])
+    path.write_text(f"pictures {path.name}")
+    return artifacts.sha256(path)
 
 
 def pool_of(folder, num_slots=2):
@@ -159,6 +170,28 @@ def test_a_deleted_prediction_is_measured_again_without_training(study, tmp_path
     pool = pool_of(tmp_path)
     retrain(study, tmp_path, pool, seeds=1)
     assert [content["task"] for _, _, content in pool.given] == ["evaluate"]
+
+
+def test_pictures_are_those_of_the_first_seed_and_made_again_where_missing(study, tmp_path):
+    retraining = retrain(study, tmp_path, pool_of(tmp_path), seeds=2)
+    first, second = (job.record for job in retraining.jobs)
+    pictures = tmp_path / first["pictures"]
+    assert first["pictures_sha256"] == artifacts.sha256(pictures)
+    assert "pictures" not in second
+    pictures.unlink()
+    pool = pool_of(tmp_path)
+    retrain(study, tmp_path, pool, seeds=2)
+    assert [content["task"] for _, _, content in pool.given] == ["evaluate"]
+
+
+def test_a_run_of_an_earlier_version_is_not_measured_again_for_pictures(study, tmp_path):
+    for job in retrain(study, tmp_path, pool_of(tmp_path), seeds=1).jobs:
+        for name in ("pictures", "pictures_sha256"):
+            del job.record[name]
+        study.set_user_attr(job.key, job.record)
+    pool = pool_of(tmp_path)
+    retrain(study, tmp_path, pool, seeds=1)
+    assert pool.given == []
 
 
 def test_a_lost_worker_s_job_runs_again_until_max_attempts(study, tmp_path):

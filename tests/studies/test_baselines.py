@@ -7,6 +7,7 @@ import keras
 import keras_tuner
 import pytest
 
+from search.report import references
 from studies.baselines import BASELINES, MOST_EPOCHS, Baselines, study
 
 DIGIT = re.compile(r"(train|val|test)_(accuracy|loss|recall|precision|f1|roc_auc)")
@@ -87,3 +88,12 @@ def test_the_study_compares_them_all_and_explains_each():
     text = Path(__file__).parents[2].joinpath("studies", "baselines.py").read_text()
     explained = text.split('"""')[1]
     assert all(name in explained for name in BASELINES)
+
+
+def test_the_report_shows_the_same_published_figures():
+    published = {
+        name: baseline.published["test_accuracy"]
+        for name, baseline in BASELINES.items()
+        if "test_accuracy" in baseline.published
+    }
+    assert published == references.BASELINES

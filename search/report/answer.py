@@ -1,0 +1,185 @@
+"""The first section: what was found, how good it is, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from search import results
+from search.progress import duration
+from search.report import bars, page
+from search.report.bars import name_of
+from search.report.page import Html, text
+from search.report.source import Run
+from search.results import short
+
+_WHY_NO_METRICS = {
+    "space": "The winners have not been retrained yet: there is no test accuracy. What is shown is "
+    "the state of the search when this page was written.",
+    "objective": "This study has an objective of its own: there is no model to retrain and no test "
+    "accuracy.",
+    "comparison": "Not all points have been trained yet: the test set is measured after that. What "
+    "is shown was there when this page was written.",
+}
+_PARTS = {"train": "train", "val": "validation", "test": "test"}
+
+
+def parts(run: Run) -> list[Html]:
+    if run.metrics is None:
+        return _without_metrics(run)
+    made = [*_hero(run), *_remarks(run), page.tiles(_costs(run))]
+    if run.is_comparison:
+        made += _compared(run)
+    else:
+        best = run.winners[0]
+        made += [
+            page.heading("The best configuration", f"Trial {best['trial']}."),
+            page.pairs((name, short(value)) for name, value in best["params"].items()),
+        ]
+    bars_ = bars.bars(run)
+    if len(bars_) > 1:
+        made.append(
+            page.plot("Test accuracy beside others", bars.bars_figure(bars_), bars.caption(bars_),
+                      height=60 + 25 * len(bars_))
+        )  # fmt: skip
+    return made
+
+
+def _without_metrics(run: Run) -> list[Html]:
+    made = []
+    best = run.complete[0] if run.complete else None
+    if best:
+        remark = f"of trial {best.number}, so far the best"
+        is_share = run.kind != "objective"
+        made.append(_big(best.value or 0.0, run.value_name, remark, as_share=is_share))
+    made += [page.note(_WHY_NO_METRICS[run.kind]), page.tiles(_costs(run))]
+    if best and run.is_comparison:
+        rows = [
+            (
+                results.point_name(trial.params),
+                f"{trial.value:.4f}",
+                trial.user_attrs.get("seeds", ""),
+            )
+            for trial in run.complete
+        ]
+        made += [page.heading("Points so far"), page.table(("", run.value_name, "seeds"), rows)]
+    elif best:
+        made += [
+            page.heading("The best configuration so far", f"Trial {best.number}."),
+            page.pairs((name, short(value)) for name, value in best.params.items()),
+        ]
+    return made
+
+
+def _hero(run: Run) -> list[Html]:
+    winner = run.winners[0]
+    test, num_seeds = winner["test"], len(winner["seeds"])
+    spread = (
+        f"± {100 * test['std']['accuracy']:.2f} points: mean and standard deviation over "
+        f"{num_seeds} seeds"
+        if num_seeds > 1
+        else "of one seed: its spread is not known"
+    )
+    validation = winner["validation_accuracy"]
+    known = "" if validation is None else f". Validation accuracy {100 * validation:.2f} %"
+    what = "test accuracy"
+    if run.is_comparison:
+        what += f" of {name_of(winner, run)}, the best on validation data"
+    return [_big(test["mean"]["accuracy"], what, spread + known)]
+
+
+def _big(value: float, what: str, remark: str, *, as_share: bool = True) -> Html:
+    number = f"{100 * value:.2f}<small> %</small>" if as_share else text(short(float(value)))
+    return Html(
+        f'<div class="hero"><b>{number}</b><span><strong>{text(what)}</strong>{text(remark)}</span>'
+        "</div>"
+    )
+
+
+def _remarks(run: Run) -> Iterable[Html]:
+    assert run.metrics is not None
+    measured, finished = run.metrics["search"]["trials"], len(run.finished)
+    if measured != finished:
+        yield page.note(
+            f"The search has gone on since the winners were retrained: {finished} trials are "
+            f"finished, the winners are those of {measured}.", warns=True
+        )  # fmt: skip
+    random = [name_of(w, run) for w in run.winners if w["weights"] == "random weights"]
+    if random:
+        yield page.note(
+            f"{', '.join(random)}: from random weights, where the published model begins from "
+            "pretrained ones. The figures are not those of the published method.", warns=True
+        )  # fmt: skip
+    for winner in run.winners:
+        if winner["diverged"]:
+            yield page.note(
+                f"{name_of(winner, run)}: {len(winner['diverged'])} of its trainings diverged and "
+                "are not among the figures.", warns=True
+            )  # fmt: skip
+
+
+def _costs(run: Run) -> Iterable[tuple[str, Any, Any]]:
+    states = [trial.state.name.lower() for trial in run.finished]
+    if not run.is_comparison:
+        counts = ((states.count(state), state) for state in ("complete", "pruned", "fail"))
+        remark = ", ".join(f"{count} {state}" for count, state in counts if count)
+        yield "trials", f"{len(run.finished):,}", remark.replace("fail", "failed")
+        remark = "" if run.epochs_per_report is None else f"{_searched_epochs(run):,.1f} epochs"
+        yield "search took", duration(run.seconds), remark
+        if run.kind == "space":
+            yield (
+                "saved by pruning",
+                f"{run.saved_share:.0%}",
+                "of the epochs that it would have been",
+            )
+    if run.metrics is None:
+        return
+    seconds = sum(winner["seconds"] * len(winner["seeds"]) for winner in run.winners)
+    epochs = sum(winner["epochs"] * len(winner["seeds"]) for winner in run.winners)
+    trainings = sum(len(winner["seeds"]) for winner in run.winners)
+    name = "training took" if run.is_comparison else "retraining took"
+    yield name, duration(seconds), f"{trainings} trainings added up, {epochs:,.1f} epochs"
+    best = run.winners[0]
+    yield "parameters", f"{best['parameters']:,}", f"{best['flops'] / 1e6:,.1f} Mflop an image"
+    if ensemble := run.metrics["ensemble"]:
+        accuracy = 100 * ensemble["test"]["accuracy"]
+        yield "ensemble", f"{accuracy:.2f} %", f"of {ensemble['models']} models, test accuracy"
+    if best["weights"]:
+        yield "begun from", best["weights"], ""
+
+
+def _searched_epochs(run: Run) -> float:
+    reports = sum(trial.last_step or 0 for trial in run.trials)
+    return reports * (run.epochs_per_report or 0.0)
+
+
+def _compared(run: Run) -> list[Html]:
+    """All points, and each published figure beside ours."""
+    rows = []
+    published = []
+    for winner in run.winners:
+        name = name_of(winner, run)
+        here = {part: winner[part] for part in _PARTS.values()}
+        accuracies = (_spread(here[part], "accuracy") for part in _PARTS.values())
+        rows.append((name, *accuracies, len(winner["seeds"]), f"{winner['epochs']:.1f}",
+                     f"{winner['parameters']:,}"))  # fmt: skip
+        for figure, there in winner["published"].items():
+            short, _, what = figure.partition("_")
+            ours = here[_PARTS[short]]
+            difference = ours["mean"][what] - there
+            published.append((name, f"{_PARTS[short]} {what}", f"{there:.4f}",
+                              _spread(ours, what), f"{difference:+.4f}"))  # fmt: skip
+    made = [
+        page.heading("All points", "Accuracy, mean ± standard deviation over the seeds."),
+        page.table(("", "train", "validation", "test", "seeds", "epochs", "parameters"), rows),
+    ]
+    if published:
+        made += [
+            page.heading("Beside what was published", "Fractions; losses in nats."),
+            page.table(("", "figure", "published", "here", "difference"), published),
+        ]
+    return made
+
+
+def _spread(of: Any, figure: str) -> str:
+    return f"{of['mean'][figure]:.4f} ± {of['std'][figure]:.4f}"

@@ -1,0 +1,156 @@
+"""The last two sections: the data, and how to do it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from search import export
+from search.report import images, page, theme
+from search.report.page import Html, label
+from search.report.source import Run
+
+# Options of a run that its study keeps -> their names on the command line.
+_FIXED = {"epochs": "--epochs", "seed": "--seed"}
+
+
+def data_parts(run: Run) -> list[Html]:
+    dataset = run.dataset
+    if dataset is None:
+        return [page.note("This study has an objective of its own: its data are not known here.")]
+    names = dataset["class_names"]
+    height, width, channels = dataset["input_shape"]
+    made = [
+        page.pairs(
+            [
+                ("data set", dataset["name"]),
+                ("images", f"{height}x{width}, {channels} channel{'s' * (channels != 1)}"),
+                ("classes", len(names)),
+                ("training images", f"{run.started.get('num_images', 0):,}"),
+            ]
+        ),
+        page.pairs([("SHA-256 of the content", dataset["sha256"])], wide=True),
+    ]
+    pictures = run.pictures(run.winners[0]) if run.winners else {}
+    if counts := class_counts(run, pictures):
+        made.append(
+            page.plot(
+                "Class distribution",
+                distribution_figure(counts, names),
+                "Images of each class.",
+                height=min(900, 90 + 34 * len(names)),
+            )
+        )
+    if pictures:
+        made += [
+            page.heading("Samples of each class", "The first training images of each."),
+            images.of_classes(pictures, names),
+        ]
+    else:
+        made.append(page.note("Sample images come with the first winner that is measured."))
+    return made
+
+
+def class_counts(run: Run, pictures: Mapping[str, np.ndarray]) -> dict[str, list[int]]:
+    """Images of each class, of the training and the test set, as far as they are known."""
+    counts = {}
+    if "train_counts" in pictures:
+        counts["training"] = [int(count) for count in pictures["train_counts"]]
+    if run.winners:
+        per_class = run.winners[0]["seeds"][0]["test"]["per_class"]
+        counts["test"] = [int(figures["support"]) for figures in per_class.values()]
+    return counts
+
+
+def distribution_figure(counts: Mapping[str, Sequence[int]], names: Sequence[str]) -> go.Figure:
+    figure = go.Figure()
+    for (part, of), color in zip(counts.items(), (theme.ACCENT, theme.ORANGE), strict=False):
+        figure.add_bar(
+            x=list(of),
+            y=list(range(len(of))),
+            name=part,
+            orientation="h",
+            marker={"color": color},
+            hovertemplate=f"%{{x:,}} {part} images<extra></extra>",
+        )
+    figure.update_yaxes(
+        tickvals=list(range(len(names))),
+        ticktext=[label(name) for name in names],
+        autorange="reversed",
+        showgrid=False,
+    )
+    return theme.styled(figure, x="images", legend=True, bargap=0.3)
+
+
+def again_parts(run: Run) -> list[Html]:
+    made = [
+        page.heading("The same run"),
+        page.code(command(run)),
+        *_recorded(run),
+    ]
+    if run.metrics is None:
+        made.append(
+            page.note("Versions, commit and hardware are recorded when the winners are measured.")
+        )
+    return made
+
+
+def command(run: Run) -> str:
+    """The command line that does the run again, with what it began with."""
+    started = run.started
+    fixed = started["fixed"]
+    file = run.metrics["study_file"] if run.metrics else None
+    words = ["fmnist-search", "--study", file or run.name]
+    words += ["--epochs", f"{fixed['epochs']:g}", "--seed", str(fixed["seed"])]
+    described = started.get("described", {})
+    if run.dataset and run.dataset["reference"] != described.get("dataset"):
+        words += ["--dataset", run.dataset["reference"]]
+    if not run.is_comparison:
+        words += ["--trials", str(max(len(run.finished), described.get("trials", 0)))]
+    if run.metrics:
+        how = run.metrics["training"]
+        words += ["--precision", how["precision"]]
+        if not run.is_comparison:
+            words += ["--sampler", how["sampler"], "--pruner", how["pruner"]]
+            words += ["--top", str(len(run.winners))]
+        words += ["--seeds", str(max(len(winner["seeds"]) for winner in run.winners))]
+    return shlex.join(words)
+
+
+def _recorded(run: Run) -> list[Html]:
+    if run.metrics is None:
+        return []
+    best, provenance = run.winners[0], run.metrics["provenance"]
+    hardware = provenance["hardware"]
+    config = run.folder / "configs" / "best.yaml"
+    return [
+        page.heading("The winner alone", "Trains its config again and compares the figures."),
+        page.code(shlex.join(["fmnist-search", "train", str(config)])),
+        page.folded(
+            "Its config, configs/best.yaml",
+            [page.code(export.to_yaml(export.config(dict(best), dict(run.metrics))))],
+        ),
+        page.heading("Made with"),
+        page.pairs(
+            [
+                *provenance["versions"].items(),
+                ("backend", provenance["backend"]),
+                ("precision", run.metrics["training"]["precision"]),
+                ("cores", hardware["cores"]),
+                ("GPUs", hardware["gpus"]),
+                ("seed of the study", run.metrics["training"]["study_seed"]),
+            ]
+        ),
+        page.pairs(
+            [
+                ("seeds of the winner", ", ".join(str(seed["seed"]) for seed in best["seeds"])),
+                ("processor", hardware["processor"]),
+                ("commit", provenance["commit"] or "an installed copy"),
+                ("data, SHA-256", run.metrics["dataset"]["sha256"]),
+            ],
+            wide=True,
+        ),
+    ]

@@ -1,0 +1,223 @@
+"""The second section: how the search went, and where in its space the good points are."""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Callable
+
+import optuna
+
+from search.report import course, page, space, timeline
+from search.report.page import Html
+from search.report.source import Run
+from search.results import short
+
+logger = logging.getLogger("search")
+
+
+def parts(run: Run) -> list[Html]:
+    if not run.trials:
+        return [page.note("No trial has been started yet.")]
+    study = space.snapshot(run.trials)
+    return [*_warnings(run), *_course(run, study), *_space(run, study)]
+
+
+def _warnings(run: Run) -> list[Html]:
+    """Where the best value lies at an edge, and what went wrong."""
+    made = []
+    edges = space.at_edges(run.complete[0]) if run.complete else []
+    if edges:
+        named = "; ".join(
+            f"{edge.name} is {short(edge.value)} in {short(edge.low)} to {short(edge.high)}"
+            for edge in edges
+        )
+        made.append(
+            page.note(
+                f"The best value lies at an edge of its range: {named}. A wider range may hold a "
+                "better one.",
+                warns=True,
+            )
+        )
+    failed = [trial for trial in run.trials if trial.user_attrs.get("reason")]
+    failed = [t for t in failed if not t.user_attrs["reason"].startswith("pruned:")]
+    if failed:
+        rows = [
+            (f"trial {trial.number}", str(trial.user_attrs["reason"])[:300])
+            for trial in failed[:50]
+        ]
+        left = f" The first 50 of {len(failed)}." if len(failed) > 50 else ""
+        made.append(
+            page.folded(
+                f"{len(failed)} trials ended without a value and not by pruning",
+                [page.table(("trial", "why"), rows), page.paragraph(left)],
+            )
+        )
+    return made
+
+
+def _course(run: Run, study: optuna.Study) -> list[Html]:
+    reached = course.best_so_far(run.trials)
+    figures = []
+    if run.complete:
+        figures.append(
+            _plotted(
+                "Best so far, by trials",
+                lambda: course.history_figure(study, run),
+                "Line: the best value so far. Dots: trials that were not pruned. A few far lower "
+                "ones may lie below the axis: double-click shows all.",
+                height=300,
+            )
+        )
+    if reached:
+        figures.append(
+            _plotted(
+                "Best so far, by time",
+                lambda: course.hours_figure(reached, run.value_name),
+                "The same against the time in which trials ran; pauses are cut out.",
+                height=300,
+            )
+        )
+    made = [page.columns(figures)] if figures else []
+    if drawn := course.curves(run):
+        made.append(
+            _plotted(
+                "Learning curves",
+                lambda: course.curves_figure(drawn, run),
+                "Red: the best trial. Blue: trials that ran to their end. Grey: pruned, failed or "
+                "still running. Pointing at a curve names its params." + _thinned(run, drawn),
+                height=420,
+            )
+        )
+    if attempts := timeline.attempts(run.trials):
+        lanes = len({attempt.lane for attempt in attempts})
+        died = sum(attempt.end == "died" for attempt in attempts)
+        made.append(
+            _plotted(
+                "What the workers did",
+                lambda: timeline.timeline_figure(attempts),
+                f"{len(attempts):,} attempts, at most {lanes} at a time; {died} died, since their "
+                "worker was lost or the search itself ended. Pauses of the search are cut out.",
+                height=140 + 34 * lanes,
+            )
+        )
+    return made
+
+
+def _space(run: Run, study: optuna.Study) -> list[Html]:
+    if len(run.complete) < 2:
+        return [page.note("Fewer than two trials are complete: no params can be compared yet.")]
+    ranked = _importances(study)
+    params = space.chosen_params(study, list(ranked))
+    if not params:
+        return [page.note("No hyperparameter differs between the trials that are complete.")]
+    made = []
+    if ranked:
+        made.append(
+            _plotted(
+                "Importances",
+                lambda: space.importances_figure(ranked),
+                "How much of the difference between good trials and others goes with each "
+                "hyperparameter (PED-ANOVA), over trials that were not pruned. Of conditional "
+                "ones, over the trials that have them.",
+                height=60 + 26 * min(12, len(ranked)),
+            )
+        )
+    else:
+        made.append(
+            page.note(
+                f"Importances need {space.LEAST_COMPLETE} complete trials that differ; there are "
+                f"{len(run.complete)}."
+            )
+        )
+    drawn = study
+    if len(run.complete) > space.MOST_DRAWN:
+        drawn = space.snapshot(run.trials, space.MOST_DRAWN)
+    two = space.pair(drawn, list(ranked))
+    if len(two) == 2:
+        made.append(
+            _plotted(
+                "The two most important together",
+                lambda: space.contour_figure(drawn, two, run.value_name),
+                f"Colour: {run.value_name}, interpolated between the trials (dots) that have both."
+                + _left_out(run),
+                height=360,
+            )
+        )
+    made = [page.columns(made)]
+    made.append(
+        _plotted(
+            "Parallel coordinates",
+            lambda: space.parallel_figure(drawn, params, run.value_name.rpartition(" ")[2]),
+            f"A line is a trial, the stronger the better. {_chosen(run, params)}" + _left_out(run),
+            height=380,
+            least_width=110 * (len(params) + 1),
+        )
+    )
+    sliced = list(ranked)[: space.MOST_PARAMS] or params
+    order = ", the most important first" if ranked else ""
+    caption = f"Each hyperparameter against {run.value_name}{order}."
+    made.append(page.heading("Slices", caption + _left_out(run)))
+    slices = [
+        _plotted(
+            html.unescape(name),  # the snapshot's names are escaped
+            lambda name=name: space.slice_figure(drawn, name, run.value_name),
+            height=220,
+        )
+        for name in sliced
+    ]
+    return [*made, page.columns(slices, narrow=True)]
+
+
+def _importances(study: optuna.Study) -> dict[str, float]:
+    try:
+        return space.importances(study)
+    except Exception as error:  # Optuna's own: the page does without
+        logger.debug("importances: %s", error)
+        return {}
+
+
+def _plotted(
+    title: str, draw: Callable, caption: str = "", *, height: int, least_width: int = 0
+) -> Html:
+    """A figure; or a sentence where it can't be drawn, which must not cost the other figures."""
+    why = "the trials there are don't span it"
+    try:
+        figure = draw()
+    except Exception as error:
+        logger.debug("figure %r", title, exc_info=True)
+        figure, why = None, f"{type(error).__name__}: {error}"
+    if figure is None:
+        return page.note(f"{title}: can't be drawn ({why}).")
+    return page.plot(title, figure, caption, height=height, least_width=least_width)
+
+
+def _chosen(run: Run, params: list[str]) -> str:
+    names = {name for trial in run.complete for name in trial.params}
+    if len(names) <= len(params):
+        return "All hyperparameters."
+    return (
+        f"{len(params)} of {len(names)} hyperparameters: those that differ, that most trials have, "
+        "and that matter most. None: a trial without it."
+    )
+
+
+def _thinned(run: Run, drawn: list[course.Curve]) -> str:
+    reported = sum(bool(trial.intermediate_values) for trial in run.trials)
+    if reported == len(drawn):
+        return ""
+    best = len(drawn) * 2 // 3
+    return (
+        f" Of {reported:,} curves the best {best} are drawn, and {len(drawn) - best} others, "
+        "chosen at random."
+    )
+
+
+def _left_out(run: Run) -> str:
+    most = space.MOST_DRAWN
+    if len(run.complete) <= most:
+        return ""
+    return (
+        f" Of {len(run.complete):,} complete trials the best {most * 2 // 3} are drawn, and "
+        f"{most - most * 2 // 3} others, chosen at random."
+    )

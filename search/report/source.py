@@ -1,0 +1,136 @@
+"""What a report is made from: the study, metrics.json and evaluation/*.npz, read once.
+
+    run = source.read(study, Path("runs/cnn"), "Which network is best?")
+
+Nothing here needs the data set or Keras, so that a report can be made again on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from search import artifacts, results
+from search.errors import EXIT_DAMAGED, EXIT_NOTHING_USABLE, SearchError
+
+Winner = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it was at one moment."""
+
+    name: str
+    question: str  # the first line of the study's file
+    folder: Path
+    started: Mapping[str, Any]  # the study's attribute `run`
+    trials: Sequence[FrozenTrial]
+    metrics: Mapping[str, Any] | None = None  # None where nothing was retrained, or not yet
+    seconds: float = 0.0  # in which at least one trial ran
+    saved_share: float = 0.0
+    seed: int = field(default=0, kw_only=True)  # of what is drawn at random where much is thinned
+
+    @property
+    def kind(self) -> str:
+        """space, objective or comparison."""
+        return str(self.started["fixed"]["kind"])
+
+    @property
+    def is_comparison(self) -> bool:
+        return self.kind == "comparison"
+
+    @property
+    def value_name(self) -> str:
+        return "value" if self.kind == "objective" else "validation accuracy"
+
+    @property
+    def winners(self) -> Sequence[Winner]:
+        return self.metrics["winners"] if self.metrics else []
+
+    @property
+    def dataset(self) -> Mapping[str, Any] | None:
+        return self.started.get("dataset")
+
+    @cached_property
+    def finished(self) -> list[FrozenTrial]:
+        return [trial for trial in self.trials if trial.state.is_finished()]
+
+    @cached_property
+    def complete(self) -> list[FrozenTrial]:
+        """The best first; of equals, the earlier one."""
+        complete = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
+        return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))
+
+    @property
+    def epochs_per_report(self) -> float | None:
+        """None where a report isn't counted in epochs."""
+        images, epoch = (self.started.get(n) for n in ("images_per_report", "images_per_epoch"))
+        return images / epoch if images and epoch else None
+
+    def trial(self, number: int) -> FrozenTrial | None:
+        return next((trial for trial in self.trials if trial.number == number), None)
+
+    def predictions(self, winner: Winner) -> Mapping[str, np.ndarray]:
+        """What search/evaluation.py wrote of the first seed; empty where it is missing."""
+        return self._arrays(winner["seeds"][0], "evaluation")
+
+    def pictures(self, winner: Winner) -> Mapping[str, np.ndarray]:
+        """What search/pictures.py wrote of the first seed; empty where it is missing."""
+        return self._arrays(winner["seeds"][0], "pictures")
+
+    def _arrays(self, seed: Mapping[str, Any], what: str) -> Mapping[str, np.ndarray]:
+        path = self.folder / str(seed.get(what, ""))
+        if what not in seed or not path.is_file():
+            return {}
+        if artifacts.sha256(path) != seed[f"{what}_sha256"]:
+            return {}
+        try:
+            with np.load(path) as saved:
+                return dict(saved)
+        except (OSError, ValueError, zipfile.BadZipFile):
+            return {}
+
+
+def read(study: optuna.Study, folder: Path, question: str = "") -> Run:
+    """Everything that is there by now.
+
+    Raises:
+        SearchError: if no trial was started yet, or metrics.json can't be read.
+    """
+    started = study.user_attrs.get("run")
+    if started is None:
+        raise SearchError(
+            f"the run of {study.study_name!r} in {folder} has not begun: there is nothing to show",
+            exit_code=EXIT_NOTHING_USABLE,
+        )
+    return Run(
+        study.study_name,
+        question,
+        folder,
+        started,
+        study.get_trials(deepcopy=False),
+        _metrics(folder, study.study_name),
+        results.search_seconds(study),
+        results.saved_share(study),
+    )
+
+
+def _metrics(folder: Path, name: str) -> Mapping[str, Any] | None:
+    path = folder / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SearchError(f"{path} can't be read: {error}", exit_code=EXIT_DAMAGED) from None
+    # A folder may hold several studies; the figures are then of the last that was measured.
+    return metrics if metrics.get("study") == name else None

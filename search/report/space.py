@@ -1,0 +1,230 @@
+"""Where in the space the good points are: Optuna's plots of the params, and a look at the edges."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import optuna
+import plotly.graph_objects as go
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from search.report import theme
+from search.report.page import label
+
+LEAST_COMPLETE = 8  # for importances: a guess, below which they are noise
+MOST_DRAWN = 250  # complete trials in parallel coordinates, slices and contour
+MOST_PARAMS = 8
+EDGE = 0.02  # of a range, on either side
+_FEWEST_STEPS = 4  # of a range of whole numbers that has edges worth a warning
+
+
+class AtEdge(NamedTuple):
+    """A hyperparameter whose best value lies where its range ends."""
+
+    name: str
+    value: Any
+    low: float
+    high: float
+
+
+def at_edges(trial: FrozenTrial) -> list[AtEdge]:
+    """Hyperparameters of the best trial whose range may be too narrow.
+
+    Not those of a few steps, which are nearly all edge, nor where a range begins at 0, which few
+    quantities can go below.
+    """
+    found = []
+    for name, value in trial.params.items():
+        range_ = trial.distributions[name]
+        if not isinstance(range_, FloatDistribution | IntDistribution) or range_.single():
+            continue
+        low, high = float(range_.low), float(range_.high)
+        if isinstance(range_, IntDistribution) and not range_.log:
+            if (high - low) / range_.step + 1 < _FEWEST_STEPS:
+                continue
+            is_low, is_high = value == low, value + range_.step > high
+        else:
+            scale = math.log if range_.log else float
+            at = (scale(value) - scale(low)) / (scale(high) - scale(low))
+            is_low, is_high = at <= EDGE, at >= 1 - EDGE
+        if is_high or (is_low and low != 0):
+            found.append(AtEdge(name, value, low, high))
+    return found
+
+
+def snapshot(trials: Sequence[FrozenTrial], most: int | None = None) -> optuna.Study:
+    """The trials as a study in memory, for Optuna's plots; numbers stay as they are.
+
+    Names and categories are escaped, since plotly.js reads some HTML in them.
+
+    Args:
+        most: complete trials, the best two thirds and a random draw of the others; those left out
+            stand in as failed.
+    """
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    kept = {trial.number for trial in complete}
+    if most is not None and len(complete) > most:
+        ranked = sorted(complete, key=lambda trial: -(trial.value or 0.0))
+        others = random.Random(0).sample(ranked[most * 2 // 3 :], most - most * 2 // 3)
+        kept = {trial.number for trial in ranked[: most * 2 // 3] + others}
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(direction="maximize")
+    finally:
+        optuna.logging.set_verbosity(level)
+    for trial in sorted(trials, key=lambda trial: trial.number):
+        study.add_trial(
+            _escaped(trial) if trial.number in kept else create_trial(state=TrialState.FAIL)
+        )
+    return study
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    """How much each hyperparameter explains of the complete trials' values, the most first; empty
+    where too few trials are complete to say."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(complete) < LEAST_COMPLETE or len({trial.value for trial in complete}) < 2:
+        return {}
+    varying = [name for name, _ in _values(complete).items()]
+    if not varying:
+        return {}
+    found = optuna.importance.get_param_importances(study, params=varying)
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def chosen_params(study: optuna.Study, ranked: Sequence[str]) -> list[str]:
+    """At most MOST_PARAMS that vary and that most complete trials have, the important ones first.
+
+    Args:
+        ranked: by importance; empty where that is not known.
+    """
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    common = [name for name, n in _values(complete).items() if n > len(complete) / 2]
+    rank = {name: place for place, name in enumerate(ranked)}
+    return sorted(common, key=lambda name: rank.get(name, len(rank)))[:MOST_PARAMS]
+
+
+def pair(study: optuna.Study, ranked: Sequence[str]) -> list[str]:
+    """The two most important hyperparameters that enough complete trials have together; fewer
+    where there are none."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    first = list(ranked[:1])
+    for name in ranked[1:]:
+        both = [trial for trial in complete if {*first, name} <= trial.params.keys()]
+        if len(both) >= LEAST_COMPLETE and len({str(trial.params[name]) for trial in both}) > 1:
+            return [*first, name]
+    return first
+
+
+def importances_figure(ranked: dict[str, float]) -> go.Figure:
+    """Of the first dozen. Not Optuna's plot, which computes them again."""
+    first = list(ranked.items())[:12][::-1]
+    figure = go.Figure(
+        go.Bar(
+            x=[value for _, value in first],
+            y=[name for name, _ in first],
+            orientation="h",
+            marker={"color": theme.ACCENT},
+            text=[f"{value:.0%}" for _, value in first],
+            textposition="outside",
+            cliponaxis=False,
+            hovertemplate="%{y}: %{x:.1%}<extra></extra>",
+        )
+    )
+    most = max(ranked.values())
+    figure.update_xaxes(range=[0, 1.2 * most], showgrid=False, showticklabels=False)
+    return theme.styled(figure, bargap=0.35)
+
+
+def parallel_figure(study: optuna.Study, params: Sequence[str], value_name: str) -> go.Figure:
+    figure = optuna.visualization.plot_parallel_coordinate(
+        study, params=list(params), target_name=value_name
+    )
+    # Its shade is a line's rank, since a few bad values would leave all others in one. Optuna
+    # draws the lines in an order of its own; where one begins is its value.
+    lines = sorted(
+        (line for line in figure.data if line.mode == "lines"), key=lambda line: line.y[0]
+    )
+    for place, line in enumerate(lines):
+        fraction = place / max(1, len(lines) - 1)
+        line.line.color = theme.shade(fraction)
+        line.opacity = 0.35 + 0.6 * fraction
+    figure.data = lines
+    figure.update_annotations(font={"color": theme.INK, "size": 10})
+    figure.update_xaxes(side="top", tickangle=0)
+    return theme.styled(figure, hovermode="closest").update_layout(margin={"l": 56, "r": 36})
+
+
+def slice_figure(study: optuna.Study, name: str, value_name: str) -> go.Figure:
+    """One hyperparameter against the value."""
+    figure = optuna.visualization.plot_slice(study, params=[name], target_name=value_name)
+    figure.update_traces(
+        marker={"color": theme.ACCENT, "size": 6, "opacity": 0.65, "line": {"width": 0},
+                "colorscale": None, "showscale": False, "colorbar": None},
+        hovertemplate="%{x}: %{y:.4f}<extra></extra>",
+    )  # fmt: skip
+    values = [t.value or 0.0 for t in study.get_trials(deepcopy=False) if t.value is not None]
+    figure.update_yaxes(range=theme.focus(values), title=None)
+    return theme.styled(figure, x=name)
+
+
+def contour_figure(study: optuna.Study, params: Sequence[str], value_name: str) -> go.Figure | None:
+    """Two hyperparameters against the value; None where no surface can be drawn."""
+    figure = optuna.visualization.plot_contour(study, params=list(params), target_name=value_name)
+    if not any(trace.type == "contour" and trace.z is not None for trace in figure.data):
+        return None
+    values = [t.value or 0.0 for t in study.get_trials(deepcopy=False) if t.value is not None]
+    low, high = theme.focus(values) or (min(values), max(values))
+    figure.update_traces(
+        selector={"type": "contour"},
+        colorscale=theme.SCALE,
+        reversescale=False,
+        colorbar={"title": None, "thickness": 10},
+        line={"width": 0},
+        zmin=low,
+        zmax=high,
+    )
+    figure.update_traces(
+        selector={"type": "scatter"},
+        marker={"color": theme.INK, "size": 5, "opacity": 0.7, "line": {"width": 0}},
+    )
+    return theme.styled(figure)
+
+
+def _values(complete: Sequence[FrozenTrial]) -> dict[str, int]:
+    """The hyperparameters that vary, each with the number of trials that have it."""
+    seen: dict[str, list[str]] = {}
+    for trial in complete:
+        for name, value in trial.params.items():
+            seen.setdefault(name, []).append(str(value))
+    return {name: len(values) for name, values in seen.items() if len(set(values)) > 1}
+
+
+def _escaped(trial: FrozenTrial) -> FrozenTrial:
+    """A trial with what the plots need of it."""
+    if trial.state != TrialState.COMPLETE:
+        return create_trial(state=TrialState.FAIL)
+    params: dict[str, Any] = {}
+    distributions: dict[str, BaseDistribution] = {}
+    for name, value in trial.params.items():
+        range_ = trial.distributions[name]
+        if isinstance(range_, CategoricalDistribution):
+            choices = [label(c) if isinstance(c, str) else c for c in range_.choices]
+            range_ = CategoricalDistribution(choices)
+            value = label(value) if isinstance(value, str) else value
+        elif not isinstance(range_, FloatDistribution | IntDistribution):
+            continue
+        params[label(name)], distributions[label(name)] = value, range_
+    return create_trial(
+        state=trial.state, value=trial.value, params=params, distributions=distributions
+    )

@@ -1,0 +1,95 @@
+"""What the workers did when: every attempt of every trial, and how it ended."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+from optuna.trial import FrozenTrial
+
+from search.report import theme
+from search.report.course import Clock, attempts_of, end_of, unit_of
+from search.report.page import label
+
+_FINISHED_OTHERWISE = ("diverged", "out_of_memory", "invalid", "error")
+# How an attempt ended -> what it is called, its colour.
+_ENDS = {
+    "complete": ("complete", theme.ACCENT),
+    "pruned": ("pruned", theme.FAINT),
+    "failed": ("diverged or failed", theme.AMBER),
+    "died": ("died", theme.RED),
+    "running": ("running", theme.TEAL),
+}
+
+
+class Attempt(NamedTuple):
+    """One attempt of a trial, on a worker."""
+
+    lane: str  # the worker
+    start: float  # hours
+    hours: float
+    end: str  # a key of _ENDS
+    words: str  # for the one who points at it
+
+
+def attempts(trials: Sequence[FrozenTrial]) -> list[Attempt]:
+    """All attempts, each in the lane of a worker: of those on a host and device, the first that
+    was free, since a worker that died is replaced by another process."""
+    clock = Clock(trials)
+    last = max((end_of(a) for t in trials for a in attempts_of(t)), default=0.0)
+    free_at: dict[str, list[float]] = defaultdict(list)
+    made = []
+    for start, number, attempt in sorted(
+        ((a["start"], trial.number, a) for trial in trials for a in attempts_of(trial)),
+        key=lambda one: one[:2],
+    ):
+        is_running = "end" not in attempt
+        end = last if is_running else attempt["end"]
+        place = ", ".join(str(attempt[n]) for n in ("host", "device") if n in attempt) or "worker"
+        lanes = free_at[place]
+        lane = next((i for i, free in enumerate(lanes) if free <= start + 0.05), len(lanes))
+        lanes[lane : lane + 1] = [end]
+        reason = attempt.get("reason", "")
+        kind = "running" if is_running else _kind(reason)
+        words = f"trial {number}, attempt {attempt.get('attempt', 1)}: {reason or 'running'}"
+        begun = clock.hours(start)
+        made.append(
+            Attempt(f"{place} ({lane + 1})", begun, max(0.0, clock.hours(end) - begun), kind, words)
+        )
+    return made
+
+
+def timeline_figure(made: Sequence[Attempt]) -> go.Figure:
+    lanes = sorted({one.lane for one in made}, reverse=True)
+    unit, factor = unit_of(max(one.start + one.hours for one in made))
+    figure = go.Figure()
+    for end, (name, color) in _ENDS.items():
+        ended = [one for one in made if one.end == end]
+        if not ended:
+            continue
+        figure.add_bar(
+            x=[round(factor * one.hours, 4) for one in ended],
+            base=[round(factor * one.start, 4) for one in ended],
+            y=[lanes.index(one.lane) for one in ended],
+            orientation="h",
+            name=name,
+            marker={"color": color, "line": {"width": 0.5, "color": theme.GREY}},
+            width=0.72,
+            text=[label(one.words) for one in ended],
+            textposition="none",
+            hovertemplate=f"%{{text}}<br>%{{x:.2f}} {unit}<extra></extra>",
+        )
+    figure.update_yaxes(
+        tickvals=list(range(len(lanes))), ticktext=[label(lane) for lane in lanes], showgrid=False
+    )
+    return theme.styled(
+        figure, x=f"{unit} of searching", legend=True, barmode="overlay", bargap=0.2
+    )
+
+
+def _kind(reason: str) -> str:
+    if reason in ("complete", "pruned"):
+        return reason
+    return "failed" if reason in _FINISHED_OTHERWISE else "died"
