@@ -168,8 +168,7 @@ class Coordinator:
             case "attribute":
                 pool.answer(slot, **trial.set_attribute(message))
             case "resumed":
-                trial.last_step = message["step"]
-                logger.info("trial %d goes on after report %d", trial.number, trial.last_step)
+                self._resumed(trial, message["step"])
             case "progress":
                 slot.status["note"] = message["note"]
             case "report":
@@ -182,6 +181,14 @@ class Coordinator:
                 del self._running[slot.index]
                 if not trial.told:
                     self._lost(trial, event.lost or "", event.kind)
+
+    def _resumed(self, trial: UnfinishedTrial, step: int) -> None:
+        """Its worker goes on after `step`: what comes before counts, also in the logs."""
+        trial.last_step = step
+        logger.info("trial %d goes on after report %d", trial.number, step)
+        if self._logs.is_on:
+            for earlier, value, metrics in trial.reports(until=step):
+                self._logs.report(f"trial-{trial.number}", earlier, value, metrics, trial.params)
 
     def _report(self, slot: Slot, trial: UnfinishedTrial, message: dict[str, Any]) -> bool:
         """Store a report; whether the worker is to stop."""

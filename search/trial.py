@@ -67,6 +67,16 @@ class UnfinishedTrial:
         """Those suggested so far."""
         return self._storage.get_trial(self._id).params
 
+    def reports(self, until: int) -> list[tuple[int, float, dict[str, float]]]:
+        """Step, value and figures of what was reported up to a step, by whichever attempt."""
+        stored = self._storage.get_trial(self._id)
+        history = stored.user_attrs.get("history", {})
+        return [
+            (step, value, history.get(str(step), {}))
+            for step, value in sorted(stored.intermediate_values.items())
+            if step <= until
+        ]
+
     @property
     def num_counted(self) -> int:
         """Attempts that the coordinator's own death did not end."""

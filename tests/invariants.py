@@ -111,6 +111,7 @@ def _check_nothing_left(folder: Path) -> None:
     assert left == []
     names = {p.name for p in folder.iterdir()}
     assert names <= {
+        "report.html",
         "study.db",
         "study.db-wal",
         "study.db-shm",

@@ -59,6 +59,7 @@ def test_its_space_and_study_run(mine):
     assert (mine / "run" / "configs" / "best.yaml").exists()
 
 
+@pytest.mark.slow
 def test_its_notebook_runs_as_a_script(mine):
     done = subprocess.run(
         [sys.executable, "notebook.py"],

@@ -44,6 +44,7 @@ def script(folder: Path, text: str, *, fails: bool = False) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_searches_and_gets_its_result(tmp_path):
     (tmp_path / "spaces_of_mine.py").write_text(SPACE)
     text = """

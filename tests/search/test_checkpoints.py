@@ -105,7 +105,9 @@ def _after_each_report(monkeypatch):
     monkeypatch.setattr(checkpoints, "SHARE", 1e9)
 
 
-@pytest.mark.parametrize(("make", "kills"), [(network, (1, 2, 7)), (decayed, (3,))])
+@pytest.mark.parametrize(
+    ("make", "kills"), [pytest.param(network, (1, 2, 7), marks=pytest.mark.slow), (decayed, (3,))]
+)
 def test_the_curve_is_that_of_a_training_left_alone(tmp_path, make, kills):
     expected, model, _ = train(make)
     for report in kills:

@@ -93,6 +93,7 @@ def metrics(folder):
     return json.loads((folder / "run" / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_each_point_is_a_trial_worth_the_mean_over_its_seeds(compared):
     folder, _, _ = compared
     study = storage.read_study(f"sqlite:///{folder}/run/study.db", "two")
@@ -105,6 +106,7 @@ def test_each_point_is_a_trial_worth_the_mean_over_its_seeds(compared):
     assert metrics(folder)["winners"][0]["trial"] == 1  # the better one comes first
 
 
+@pytest.mark.slow
 def test_models_are_trained_on_the_training_part_as_long_as_suits_them(compared):
     folder, _, _ = compared
     study = storage.read_study(f"sqlite:///{folder}/run/study.db", "two")
@@ -127,6 +129,7 @@ def test_models_are_trained_on_the_training_part_as_long_as_suits_them(compared)
         )
 
 
+@pytest.mark.slow
 def test_published_figures_stand_beside_but_not_beside_random_weights(compared):
     folder, _, output = compared
     worse, better = sorted(metrics(folder)["winners"], key=lambda winner: winner["trial"])
@@ -143,6 +146,7 @@ def test_published_figures_stand_beside_but_not_beside_random_weights(compared):
     assert {"train", "validation", "test"} <= better.keys()
 
 
+@pytest.mark.slow
 def test_the_same_command_says_that_all_is_done(compared):
     folder, arguments, output = compared
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*.keras")}
@@ -150,6 +154,7 @@ def test_the_same_command_says_that_all_is_done(compared):
     assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*.keras")} == before
 
 
+@pytest.mark.slow
 def test_a_third_seed_is_added_to_those_that_are_there(compared, tmp_path):
     import shutil
 
@@ -163,6 +168,7 @@ def test_a_third_seed_is_added_to_those_that_are_there(compared, tmp_path):
     assert len(study.trials) == 2
 
 
+@pytest.mark.slow
 def test_a_config_is_trained_again_as_it_was(compared, tmp_path):
     folder, _, _ = compared
     config = yaml.safe_load((folder / "run" / "configs" / "trial-1.yaml").read_text())
@@ -177,6 +183,7 @@ def test_a_config_is_trained_again_as_it_was(compared, tmp_path):
     assert again["winners"][0]["seeds"][0]["test"]["accuracy"] == first["accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [["--trials", "9"], ["--sampler", "random"], ["--top", "2"]])
 def test_options_of_a_search_are_refused(compared, option):
     folder, arguments, _ = compared

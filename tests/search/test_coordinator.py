@@ -545,9 +545,13 @@ class Mortal:
     ("last", "state"),
     [
         (finished(value=0.75), "COMPLETE"),
-        (finished("diverged", reason="nan"), "PRUNED"),
+        pytest.param(finished("diverged", reason="nan"), "PRUNED", marks=pytest.mark.slow),
         (report(0.1, 2, progress={"images_per_second": 90.0}), "PRUNED"),
-        (finished("error", reason="ValueError", traceback="frames"), "FAIL"),
+        pytest.param(
+            finished("error", reason="ValueError", traceback="frames"),
+            "FAIL",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["complete", "diverged", "behind", "error"],
 )

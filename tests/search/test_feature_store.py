@@ -289,6 +289,7 @@ def until(process, word):
     raise AssertionError(f"ended without saying {word!r}")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path, other_process):
     """They compute once; what one uses, the other does not evict; a killed one is replaced."""
     until(other_process, "512")

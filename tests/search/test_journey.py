@@ -22,6 +22,7 @@ from PIL import Image
 
 from search import artifacts, datasets, image_folder, storage
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SMALL = ["--study", "quickstart", "--trials", "4", "--epochs", "2", "--seeds", "2", "--log", "csv"]
 

@@ -293,6 +293,7 @@ def test_search_and_retraining_never_read_the_test_set(made_up_data, monkeypatch
             "model": str(tmp_path / "winner.keras"),
             "path": str(tmp_path / "winner.npz"),
             "history": {},
+            "pictures": None,
         })  # fmt: skip
 
 

@@ -198,6 +198,7 @@ def mixed_bfloat16():
     keras.config.set_dtype_policy(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixed_bfloat16")
 def test_what_is_unfrozen_is_trained_and_saved_as_plain_keras(weights_file, tmp_path):
     values = {"num_unfrozen_blocks": 1, "schedule": "constant"}
