@@ -27,6 +27,7 @@ from search.errors import SearchError
 logger = logging.getLogger("search")
 
 SHARE = 0.02  # of the time that may go into writing
+_BYTES_PER_SECOND = 200e6  # written, on a slow disk
 _META = "meta"
 _NOT_STATE = ("model", "_model", "params")  # of a callback: Keras sets them anew
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -62,6 +63,8 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._saved = time.monotonic()
+        # A guess until one is written: weights and two moments.
+        self._cost = 3 * 4 * self.model.count_params() / _BYTES_PER_SECOND
         if not self._found:
             return
         self.model.optimizer.build(self.model.trainable_variables)

@@ -91,7 +91,7 @@ def test_a_guide_s_space_goes_the_whole_way(tmp_path, name):
     check(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.parametrize(
     "space",
     [
