@@ -103,7 +103,8 @@ def train(path: Path, folder: Path, options: dict[str, Any], view: View) -> dict
         view.log_to(folder / "search.log")
         folders.clean(folder)
         opening = {"type": "open", "file": str(entry.file)}
-        pool = Pool(LocalEngine(folder / "logs"), devices_, opening)
+        engine = LocalEngine(folder / "logs")
+        pool = Pool(engine, devices_, opening, options.get("silence"))
         with signals_to(pool), pool:
             return _train(config, folder, options, view, pool, entry)
 
@@ -134,6 +135,8 @@ def _train(
         folder=str(folder.absolute()),
         weights=_weights(config, options, described),
     )
+    if (size := options.get("cache_size")) is not None:
+        settings = dataclasses.replace(settings, cache_size=size)
     dataset = described_data(reference)
     if dataset["sha256"] != config["dataset"]["sha256"]:
         logger.warning(
