@@ -27,6 +27,7 @@ from search.progress import View
 from search.time_left import Finished
 
 ROOT = Path(__file__).parents[2]
+CLEARED = "\x1b[2J"  # the screen, when its width has changed
 SLEEPER = """
 import time
 from studies.study import Study
@@ -256,8 +257,10 @@ def test_a_terminal_that_is_made_narrower_meanwhile(terminal):
     assert "images/s" in wide
     assert max(map(len, frames(wide))) <= 100
     shown.resize(60)
-    shown.read(seconds=1)
-    narrow = shown.read(until="9 of 12")
+    assert CLEARED in shown.read(until=CLEARED)  # until it has seen the new width: a wide frame more
+    shown.read(until="9 of 12")
+    narrow = shown.text.rpartition(CLEARED)[2]
+    assert "9 of 12" in narrow
     assert max(map(len, frames(narrow))) <= 60
     assert "images/s" not in narrow
     shown.read()
