@@ -28,6 +28,7 @@ import numpy as np
 import optuna
 
 from search import backend, complexity, datasets, training
+from search.devices import Device
 from search.hypermodel import Images, Space
 from search.hyperparameters import TrialHyperParameters
 from studies.cnn import FashionCNN
@@ -54,8 +55,7 @@ def main() -> None:
 
 def record(given: argparse.Namespace) -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
-    threads = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
-    environment = os.environ | dict.fromkeys(threads, "1") | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = os.environ | Device(threads=1).environment()
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.curves", "work",

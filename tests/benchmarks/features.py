@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS"):
-    os.environ[name] = "2"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from search.devices import Device
+
+os.environ |= Device(threads=2).environment()
 
 import keras  # noqa: E402 - the threads are fixed at its import
 import numpy as np  # noqa: E402
