@@ -19,11 +19,11 @@ from search.devices import Device
 
 os.environ |= Device(threads=2).environment()
 
-import keras  # noqa: E402 - the threads are fixed at its import
-import numpy as np  # noqa: E402
+import keras
+import numpy as np
 
-from search import backend, features, quick_conv2d  # noqa: E402
-from search.feature_store import FeatureStore  # noqa: E402
+from search import backend, features, quick_conv2d
+from search.feature_store import FeatureStore
 
 BATCH = 128
 BARS = {"nothing": 150.0, "block5": 3.5}  # clock

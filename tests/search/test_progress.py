@@ -257,7 +257,7 @@ def test_a_terminal_that_is_made_narrower_meanwhile(terminal):
     assert "images/s" in wide
     assert max(map(len, frames(wide))) <= 100
     shown.resize(60)
-    assert CLEARED in shown.read(until=CLEARED)  # until it has seen the new width: a wide frame more
+    assert CLEARED in shown.read(until=CLEARED)  # the new width is seen
     shown.read(until="9 of 12")
     narrow = shown.text.rpartition(CLEARED)[2]
     assert "9 of 12" in narrow
