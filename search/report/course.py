@@ -90,8 +90,15 @@ def best_so_far(trials: Sequence[FrozenTrial]) -> list[Reached]:
     return reached
 
 
-def hours_figure(reached: Sequence[Reached], value_name: str) -> go.Figure:
-    unit, factor = unit_of(max((one.hours for one in reached), default=0.0))
+def hours_searched(trials: Sequence[FrozenTrial]) -> float:
+    """Until the last trial ended, pruned ones included."""
+    ends = [end_of(attempt) for trial in trials for attempt in attempts_of(trial)]
+    return Clock(trials).hours(max(ends, default=0.0))
+
+
+def hours_figure(reached: Sequence[Reached], searched: float, value_name: str) -> go.Figure:
+    """The best so far by time, to the hour at which the search ended."""
+    unit, factor = unit_of(searched)
     times = [round(factor * one.hours, 4) for one in reached]
     values = [one.value for one in reached]
     figure = go.Figure(
@@ -105,8 +112,8 @@ def hours_figure(reached: Sequence[Reached], value_name: str) -> go.Figure:
                 hovertemplate="%{text}: %{y:.4f} after %{x:.2f} " + f"{unit}<extra></extra>",
             ),
             go.Scatter(
-                x=times,
-                y=[one.best for one in reached],
+                x=[*times, round(factor * searched, 4)] if times else [],
+                y=[one.best for one in [*reached, *reached[-1:]]],
                 mode="lines",
                 line={"color": theme.ACCENT, "width": 2.5, "shape": "hv"},
                 hoverinfo="skip",

@@ -73,7 +73,9 @@ def _course(run: Run, study: optuna.Study) -> list[Html]:
         figures.append(
             _plotted(
                 "Best so far, by time",
-                lambda: course.hours_figure(reached, run.value_name),
+                lambda: course.hours_figure(
+                    reached, course.hours_searched(run.trials), run.value_name
+                ),
                 "The same against the time in which trials ran; pauses are cut out.",
                 height=300,
             )

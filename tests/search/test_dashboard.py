@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +20,9 @@ import pytest
 
 from search import dashboard, notes, storage
 from search.errors import SearchError
+from tests.browser import browse, in_a_browser
 
 ROOT = Path(__file__).parents[2]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PARAMS = {
     "filters": optuna.distributions.IntDistribution(8, 64),
     "rate": optuna.distributions.FloatDistribution(0.0, 1.0),
@@ -228,16 +226,9 @@ def test_no_free_port_is_said(monkeypatch):
 
 
 @pytest.mark.slow  # a browser, which takes ten seconds beside two trainings
+@in_a_browser
 def test_a_browser_lists_the_trials(served, tmp_path):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom",
-         f"{served}/dashboard/studies/1/trials"],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)},
-    )  # fmt: skip
-    assert "quickstart" in done.stdout
-    assert all(f"Trial {number}" in done.stdout for number in range(6))
-    assert "10,00" in done.stdout  # the note of the first one shown
+    shown, _ = browse(f"{served}/dashboard/studies/1/trials", tmp_path, "--dump-dom")
+    assert "quickstart" in shown
+    assert all(f"Trial {number}" in shown for number in range(6))
+    assert "10,00" in shown  # the note of the first one shown

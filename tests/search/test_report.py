@@ -177,7 +177,7 @@ def test_best_so_far_is_in_the_order_of_ends_and_skips_pauses():
         trial_of(value=0.5, attempts=[attempt(0, 3600)]),
         trial_of(value=0.9, attempts=[attempt(100_000, 103_600)]),
         trial_of(value=0.7, attempts=[attempt(0, 1800, "killed"), attempt(1800, 7200)]),
-        trial_of(TrialState.PRUNED, attempts=[attempt(0, 60, "pruned")]),
+        trial_of(TrialState.PRUNED, attempts=[attempt(103_600, 107_200, "pruned")]),
     ]
     for number, trial in enumerate(trials):
         trial.number = number
@@ -185,8 +185,10 @@ def test_best_so_far_is_in_the_order_of_ends_and_skips_pauses():
     assert [(r.number, r.hours, r.value, r.best) for r in reached] == [
         (0, 1.0, 0.5, 0.5), (2, 2.0, 0.7, 0.7), (1, 3.0, 0.9, 0.9)
     ]  # fmt: skip
-    dots, line = course.hours_figure(reached, "value").data
-    assert list(line.y) == [0.5, 0.7, 0.9]
+    assert course.hours_searched(trials) == 4.0
+    dots, line = course.hours_figure(reached, 4.0, "value").data
+    assert list(line.x) == [1.0, 2.0, 3.0, 4.0]  # to the end, though the last trial was pruned
+    assert list(line.y) == [0.5, 0.7, 0.9, 0.9]
     assert list(dots.x) == [1.0, 2.0, 3.0]
 
 

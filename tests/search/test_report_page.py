@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,24 +12,9 @@ import pytest
 
 from search.report import report
 from tests import made_up_run
+from tests.browser import browse, in_a_browser
 
 ROOT = Path(__file__).parents[2]
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-
-
-def browse(file, tmp_path, *options):
-    """What Chromium says on standard output and error when it shows a file."""
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         "--hide-scrollbars", "--enable-logging=stderr", "--virtual-time-budget=30000",
-         f"--user-data-dir={tmp_path / 'browser'}", *options, file.as_uri()],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
 
 
 def complaints(log):
@@ -50,7 +34,7 @@ def page(tmp_path_factory):
 @in_a_browser
 def test_every_figure_is_drawn_and_nothing_leaves_the_machine(page, tmp_path):
     log = tmp_path / "net.json"
-    dom, errors = browse(page, tmp_path, "--dump-dom", f"--log-net-log={log}")
+    dom, errors = browse(page.as_uri(), tmp_path, "--dump-dom", f"--log-net-log={log}")
     num_charts = len(re.findall(r'<div class="chart', dom))
     assert num_charts > 20
     assert f'data-drawn="{num_charts}"' in dom
@@ -74,7 +58,7 @@ def test_every_figure_is_drawn_and_nothing_leaves_the_machine(page, tmp_path):
 )
 def test_it_is_shown_in_each_theme_and_width(page, tmp_path, name, options):
     shot = tmp_path / f"{name}.png"
-    _, errors = browse(page, tmp_path, f"--screenshot={shot}", *options)
+    _, errors = browse(page.as_uri(), tmp_path, f"--screenshot={shot}", *options)
     assert complaints(errors) == []
     from PIL import Image
 
