@@ -113,6 +113,23 @@ def test_no_two_epochs_of_neighbouring_seeds_are_the_same():
     assert plan(num_reports=6).order()[60:].tolist() != plan(seed=2).order().tolist()
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="others compile their own way")
+def test_a_new_model_is_traced_once():
+    calls = []
+
+    class Counting(keras.layers.Layer):
+        def call(self, x):
+            calls.append(x)
+            return x
+
+    x, y = data()
+    model = keras.Sequential([network(), Counting()])
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    calls.clear()
+    training.train(model, (x, y), plan(num_reports=2), validation_data=None, callbacks=[])
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("num_reports", [1, 2, 3, 4, 7, 11])
 def test_a_longer_plan_begins_with_the_shorter_one(num_reports):
     longer = plan(num_reports=12).order()
