@@ -118,7 +118,7 @@ def _describe(study: Study) -> Message:
 
 
 def _keras_tasks(study: Study, settings: Message) -> Any:
-    from search.objective import KerasTasks
+    from search.keras_tasks import KerasTasks
 
     return KerasTasks(study, settings)
 

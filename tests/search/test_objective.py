@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from search import artifacts, datasets
-from search.objective import KerasTasks
+from search.keras_tasks import KerasTasks
 from search.settings import Settings
 from studies.study import Study
 
