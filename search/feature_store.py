@@ -16,80 +16,28 @@ lies on features.npy, so that nothing in use is evicted. Needs a local file syst
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import io
-import json
 import logging
 import math
 import os
 import secrets
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy
 
-from search import artifacts, features
+from search import artifacts, feature_files
 from search.errors import SearchError
+from search.feature_files import Tell, Work
 from search.features import Cut
 
 logger = logging.getLogger("search")
 
-Tell = Callable[[int, int], None]  # activations there are, and there will be
-
-_SAMPLE = 2_000  # images on which float16 is compared with float32
-_SAMPLE_BYTES = 512 << 20  # fewer, where their activations are larger
-_TRIED = 8  # of them, for which the prefix is asked again when its activations are opened
-_BATCH_BYTES = 128 << 20  # of the largest tensor in a batch of the prefix
-_BATCHES = 2  # in a chunk, which is what a kill costs
 _WAIT = 0.2  # seconds between two looks at a lock
 _TRASH = ".evicted-"
-_verified: set[tuple[int, ...]] = set()  # files whose hashes this process has checked
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Activations that are wanted."""
-
-    folder: Path
-    key: str
-    parts: Cut
-    images: np.ndarray  # (n, height, width, channels)
-    shape: tuple[int, ...]  # of one activation
-    tell: Tell
-
-    @property
-    def partial(self) -> Path:
-        return self.folder / f"{self.key}.partial"
-
-    @cached_property
-    def batch_size(self) -> int:
-        return max(1, min(256, _BATCH_BYTES // (4 * features.largest(self.parts.prefix))))
-
-    @property
-    def sample(self) -> np.ndarray:
-        """Positions of the images that are tried, (m,), all over the data."""
-        most = max(100, _SAMPLE_BYTES // (4 * math.prod(self.shape)))
-        size = min(_SAMPLE, len(self.images), most)
-        return np.linspace(0, len(self.images) - 1, size).astype(int)
-
-    def num_bytes(self, dtype: str) -> int:
-        return len(self.images) * math.prod(self.shape) * np.dtype(dtype).itemsize
-
-    def needed(self, dtype: str) -> int:
-        """Bytes on disk, with the sample."""
-        return self.num_bytes(dtype) + 4 * len(self.sample) * math.prod(self.shape)
-
-    def __str__(self) -> str:
-        return f"The activations of {len(self.images)} images, {self.shape} each,"
 
 
 class FeatureStore:
@@ -123,7 +71,9 @@ class FeatureStore:
             SearchError: if they can't be kept: limit, disk or file system.
         """
         shape = tuple(parts.prefix.compute_output_shape((1, *images.shape[1:]))[1:])
-        work = _Work(self._folder, _key(parts, images, data), parts, images, shape, tell)
+        work = Work(
+            self._folder, feature_files.key_of(parts, images, data), parts, images, shape, tell
+        )
         try:
             activations, held = self._found_or_computed(work)
         except OSError as error:
@@ -135,7 +85,7 @@ class FeatureStore:
         with held:
             yield activations
 
-    def _found_or_computed(self, work: _Work) -> tuple[np.ndarray, BinaryIO]:
+    def _found_or_computed(self, work: Work) -> tuple[np.ndarray, BinaryIO]:
         self._folder.mkdir(parents=True, exist_ok=True)
         for _ in range(3):  # another process may evict them before they are held
             if found := self._find(work):
@@ -151,7 +101,7 @@ class FeatureStore:
             f"--cache-size than {_text(self._max_bytes)}"
         )
 
-    def _find(self, work: _Work) -> tuple[np.ndarray, BinaryIO] | None:
+    def _find(self, work: Work) -> tuple[np.ndarray, BinaryIO] | None:
         """Activations that suit this rest, and the open file that holds them."""
         for dtype in ("float32", "float16"):
             path = self._folder / f"{work.key}-{dtype}"
@@ -159,10 +109,10 @@ class FeatureStore:
             if held is None:
                 continue
             try:
-                array = _opened(path, work, dtype)
+                array = feature_files.opened(path, work, dtype)
                 if array is None:
                     logger.warning("%s is damaged or outdated and is computed again", path)
-                elif dtype == "float32" or _fits_float16(path, work):
+                elif dtype == "float32" or feature_files.fits_float16(path, work):
                     os.utime(path / "meta.json")  # the last use
                     return array, held
             except BaseException:
@@ -172,12 +122,12 @@ class FeatureStore:
         return None
 
     @contextmanager
-    def _alone(self, work: _Work) -> Iterator[None]:
+    def _alone(self, work: Work) -> Iterator[None]:
         """One process computes a key. The others tell how far it is."""
         with (self._folder / f"{work.key}.lock").open("ab") as lock:
             told = -1
             while not _try_lock(lock, fcntl.LOCK_EX):
-                meta = _meta(work.partial)
+                meta = feature_files.meta_of(work.partial)
                 done = min(len(meta.get("chunks", ())) * meta.get("rows", 0), len(work.images))
                 if done != told:
                     work.tell(done, len(work.images))
@@ -185,26 +135,31 @@ class FeatureStore:
                 time.sleep(_WAIT)
             yield
 
-    def _compute(self, work: _Work) -> None:
+    def _compute(self, work: Work) -> None:
         work.partial.mkdir(exist_ok=True)
         self._reserve(work, "float16")
         work.tell(0, len(work.images))
-        _make_sample(work)
+        feature_files.make_sample(work)
         dtype = "float16"
-        if not (_fits_float16(work.partial, work) and _write(work, dtype)):
+        if not (
+            feature_files.fits_float16(work.partial, work) and feature_files.write(work, dtype)
+        ):
             dtype = "float32"
             self._reserve(work, dtype)
-            _write(work, dtype)
-        meta = {**_meta(work.partial), "sample": artifacts.sha256(work.partial / "sample.npy")}
+            feature_files.write(work, dtype)
+        meta = {
+            **feature_files.meta_of(work.partial),
+            "sample": artifacts.sha256(work.partial / "sample.npy"),
+        }
         artifacts.write_json(work.partial / "meta.json", meta)
         final = self._folder / f"{work.key}-{dtype}"
         with self._locked():
             if final.exists():
                 self._discard(final)  # it was damaged; who has mapped it keeps it
             os.rename(work.partial, final)
-        _verified.add(_identity(final / "features.npy"))
+        feature_files.verified.add(feature_files.identity_of(final / "features.npy"))
 
-    def _reserve(self, work: _Work, dtype: str) -> None:
+    def _reserve(self, work: Work, dtype: str) -> None:
         """Makes room, and takes it by a sparse file of that size, which other processes count.
 
         Raises:
@@ -225,7 +180,7 @@ class FeatureStore:
             with (work.partial / "features.npy").open("ab") as stream:
                 stream.truncate(max(work.num_bytes(dtype), stream.tell()))
 
-    def _lack(self, work: _Work, dtype: str, used: int) -> str:
+    def _lack(self, work: Work, dtype: str, used: int) -> str:
         """What there is too little of beside so many bytes in use, and the fix; or nothing."""
         needed = work.needed(dtype)
         free = shutil.disk_usage(self._folder).free + _size(work.partial, allocated=True)
@@ -241,7 +196,7 @@ class FeatureStore:
             )
         return ""
 
-    def _others(self, work: _Work) -> list[Path]:
+    def _others(self, work: Work) -> list[Path]:
         found = [*self._folder.glob("*.partial"), *self._folder.glob("*-float*")]
         return [path for path in found if path != work.partial]
 
@@ -270,124 +225,6 @@ class FeatureStore:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def _key(parts: Cut, images: np.ndarray, data: str) -> str:
-    """Names what is computed: prefix, its weights, images, versions; 32 hexadecimal digits."""
-    import keras
-
-    backend = keras.backend.backend()
-    versions = [keras.__version__, backend, sys.modules[backend].__version__]
-    about = [features.describe(parts.prefix), data, images.shape, str(images.dtype), versions]
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
-    for weights in parts.prefix.get_weights():
-        digest.update(np.ascontiguousarray(weights).data)
-    return digest.hexdigest()[:32]
-
-
-def _computed(work: _Work, positions: np.ndarray, dtype: str) -> np.ndarray | None:
-    """Activations of these images, or None where one is too large for the dtype."""
-    batches = []
-    for start in range(0, len(positions), work.batch_size):
-        images = work.images[positions[start : start + work.batch_size]]
-        batch = work.parts.prefix.predict_on_batch(images).astype(np.float32)
-        stored = features.as_float16(batch) if dtype == "float16" else batch
-        if stored is None:
-            return None
-        batches.append(stored)
-    return np.concatenate(batches)
-
-
-def _make_sample(work: _Work) -> None:
-    """Activations of the sample in float32, unless an earlier attempt has left them."""
-    path = work.partial / "sample.npy"
-    with suppress(OSError, ValueError):
-        if _is_current(path, work):
-            return
-    (work.partial / "meta.json").unlink(missing_ok=True)  # its chunks would not be current either
-    sample = _computed(work, work.sample, "float32")
-    with artifacts.write_atomically(path) as beside:
-        np.save(beside, sample)  # type: ignore[arg-type]
-
-
-def _write(work: _Work, dtype: str) -> bool:
-    """Chunk after chunk, from where it was killed; False at a number too large for the dtype."""
-    num_images, rows = len(work.images), work.batch_size * _BATCHES
-    meta = {"dtype": dtype, "rows": rows}
-    earlier = _meta(work.partial)
-    is_same = {name: earlier.get(name) for name in meta} == meta
-    chunks = _intact_chunks(work.partial, earlier) if is_same else []
-    header = io.BytesIO()
-    descr = npy.dtype_to_descr(np.dtype(dtype))
-    about = {"descr": descr, "fortran_order": False, "shape": (num_images, *work.shape)}
-    npy.write_array_header_1_0(header, about)
-    with (work.partial / "features.npy").open("r+b") as stream:
-        stream.write(header.getvalue())
-        stream.truncate(stream.tell() + work.num_bytes(dtype))
-        stream.seek(len(chunks) * rows * work.num_bytes(dtype) // num_images, os.SEEK_CUR)
-        for start in range(len(chunks) * rows, num_images, rows):
-            stop = min(start + rows, num_images)
-            block = _computed(work, np.arange(start, stop), dtype)
-            if block is None:
-                return False
-            stream.write(block.data)
-            stream.flush()
-            os.fsync(stream.fileno())
-            chunks = [*chunks, hashlib.sha256(block.data).hexdigest()]
-            artifacts.write_json(work.partial / "meta.json", {**meta, "chunks": chunks})
-            work.tell(stop, num_images)
-    return True
-
-
-def _opened(path: Path, work: _Work, dtype: str) -> np.ndarray | None:
-    """The mapped file, if it is as it was written, and what this prefix gives."""
-    try:
-        identity, meta = _identity(path / "features.npy"), _meta(path)
-        # Private, since read-only memory can't be shared with TensorFlow.
-        array = np.load(path / "features.npy", mmap_mode="c").view(np.ndarray)
-        if array.dtype != dtype or array.shape != (len(work.images), *work.shape):
-            return None
-        if identity not in _verified:
-            num_chunks = math.ceil(len(array) / meta["rows"])
-            if len(_intact_chunks(path, meta)) != num_chunks:
-                return None
-            if artifacts.sha256(path / "sample.npy") != meta["sample"]:
-                return None
-            _verified.add(identity)
-        return array if _is_current(path / "sample.npy", work) else None
-    except (OSError, ValueError, KeyError, TypeError, SearchError):
-        return None
-
-
-def _is_current(path: Path, work: _Work) -> bool:
-    """Whether the prefix gives what the sample says: a user's code is not part of the key."""
-    sample = np.load(path, mmap_mode="r")
-    if sample.shape != (len(work.sample), *work.shape):
-        return False
-    few = np.linspace(0, len(sample) - 1, min(_TRIED, len(sample))).astype(int)
-    now = _computed(work, work.sample[few], "float32")
-    assert now is not None
-    # Batches of another size, or other threads, round in another way.
-    tolerance = 1e-3 if str(work.parts.prefix.outputs[0].dtype) == "float32" else 5e-2
-    return np.allclose(now, sample[few], rtol=0, atol=tolerance * np.abs(now).max())
-
-
-def _fits_float16(path: Path, work: _Work) -> bool:
-    return features.fits_float16(work.parts.rest, np.load(path / "sample.npy", mmap_mode="r"))
-
-
-def _intact_chunks(path: Path, meta: dict[str, Any]) -> list[str]:
-    """Hashes of the chunks, from the first on, that are on disk as they were written."""
-    try:
-        array = np.load(path / "features.npy", mmap_mode="r")
-    except (OSError, ValueError):
-        return []
-    chunks, rows = meta.get("chunks", []), meta["rows"]
-    blocks = [array[at * rows : (at + 1) * rows] for at in range(len(chunks))]
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
-        hashes = list(pool.map(lambda block: hashlib.sha256(block).hexdigest(), blocks))
-    wrong = [at for at, found in enumerate(hashes) if found != chunks[at]]
-    return chunks[: wrong[0]] if wrong else chunks
-
-
 def _hold(path: Path) -> BinaryIO | None:
     """The file, open and locked against eviction; None if it isn't there, or is just going."""
     with suppress(FileNotFoundError):
@@ -407,19 +244,6 @@ def _try_lock(stream: Any, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((path / "meta.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return meta if isinstance(meta, dict) else {}
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _last_used(path: Path) -> float:

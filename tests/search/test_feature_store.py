@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from search import backend, feature_store, features
+from search import backend, feature_files, features
 from search.errors import SearchError
 from search.feature_store import FeatureStore
 
@@ -116,7 +116,7 @@ def exact(parts, x):
 
 @pytest.fixture(autouse=True)
 def _new_process(monkeypatch):
-    monkeypatch.setattr(feature_store, "_verified", set())
+    monkeypatch.setattr(feature_files, "verified", set())
     yield
     keras.config.set_dtype_policy("float32")
     Times.factor = 1.0
@@ -250,7 +250,7 @@ def test_what_is_damaged_is_computed_again(tmp_path, damage, monkeypatch):
     x = images(600)
     first, _ = stored(tmp_path, cut(), x)
     damage(entry(tmp_path))
-    monkeypatch.setattr(feature_store, "_verified", set())
+    monkeypatch.setattr(feature_files, "verified", set())
     again, asked = stored(tmp_path, cut(), x)
     np.testing.assert_array_equal(again, first)
     assert asked >= 600
@@ -268,11 +268,11 @@ def test_code_of_the_users_that_has_changed(tmp_path):
 def test_hashes_are_checked_once_in_a_process(tmp_path, monkeypatch):
     x = images(600)
     stored(tmp_path, cut(), x)
-    monkeypatch.setattr(feature_store, "_verified", set())
+    monkeypatch.setattr(feature_files, "verified", set())
     hashed = []
-    check = feature_store._intact_chunks
+    check = feature_files._intact_chunks
     monkeypatch.setattr(
-        feature_store, "_intact_chunks", lambda *given: hashed.append(1) or check(*given)
+        feature_files, "_intact_chunks", lambda *given: hashed.append(1) or check(*given)
     )
     for _ in range(3):
         stored(tmp_path, cut(), x)
