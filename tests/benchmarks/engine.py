@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -125,12 +125,11 @@ def take_turns(
 def warm_workers(model: str, names: Sequence[str]) -> Iterator[dict[str, list[subprocess.Popen]]]:
     """The processes of each contender, their models traced."""
     started: dict[str, list[subprocess.Popen]] = {name: [] for name in names}
-    said = tempfile.TemporaryFile("w+")
-    try:
-        for name in names:
-            for environment in environments(CONTENDERS[name]):
-                started[name].append(
-                    subprocess.Popen(
+    with tempfile.TemporaryFile("w+") as said, ExitStack() as ends:
+        try:
+            for name in names:
+                for environment in environments(CONTENDERS[name]):
+                    worker = subprocess.Popen(
                         [sys.executable, "-m", "tests.benchmarks.engine", "--work", name, model],
                         env=environment,
                         stdin=subprocess.PIPE,
@@ -138,19 +137,16 @@ def warm_workers(model: str, names: Sequence[str]) -> Iterator[dict[str, list[su
                         stderr=said,  # TensorFlow greets
                         text=True,
                     )
-                )
-            for worker in started[name]:
-                _answer(worker)  # ready
-        yield started
-    except RuntimeError:
-        said.seek(0)
-        print(said.read()[-2_000:], file=sys.stderr)
-        raise
-    finally:
-        said.close()
-        for worker in (worker for workers in started.values() for worker in workers):
-            worker.kill()
-            worker.communicate()
+                    ends.callback(worker.communicate)
+                    ends.callback(worker.kill)
+                    started[name].append(worker)
+                for worker in started[name]:
+                    _answer(worker)  # ready
+            yield started
+        except RuntimeError:
+            said.seek(0)
+            print(said.read()[-2_000:], file=sys.stderr)
+            raise
 
 
 def environments(contender: Contender) -> list[dict[str, str]]:
