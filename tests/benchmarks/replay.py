@@ -134,8 +134,7 @@ def read(path: Path) -> Table:
 def is_active(hp: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
     """Whether a point has the hyperparameter, by KerasTuner's conditions."""
     return all(
-        condition["config"]["name"] in params
-        and params[condition["config"]["name"]] in condition["config"]["values"]
+        condition["name"] in params and params[condition["name"]] in condition["values"]
         for condition in hp["when"]
     )
 

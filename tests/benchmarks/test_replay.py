@@ -11,7 +11,7 @@ from tests.benchmarks import replay
 from tests.benchmarks.replay import Outcome, Policy
 
 NUM_REPORTS = 8
-SGD = [{"class_name": "Parent", "config": {"name": "optimizer", "values": ["sgd"]}}]
+SGD = [{"name": "optimizer", "values": ["sgd"]}]
 SPACE = [
     {"name": "rate", "kind": "float", "low": 1e-4, "high": 1.0, "step": None, "log": True},
     {"name": "units", "kind": "int", "low": 16, "high": 256, "step": 16, "log": False},
