@@ -28,7 +28,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
+from sqlite3 import Connection, connect
 from typing import Any
 
 from studies.study import Study
@@ -36,6 +38,7 @@ from studies.study import Study
 NUM_FLOATS, NUM_INTS, NUM_CATEGORIES = 12, 8, 8  # about as many as study cnn draws
 NUM_REPORTS = 100  # of a trial that is not pruned: ten seconds
 PERIOD = 0.1  # seconds between two reports
+MADE = 100  # trials, before they are copied
 RUNGS = (1, 4, 16, 64)  # of the pruner below, where made-up trials end
 BARS = {"cpu": 1.0, "ask": 0.2}  # cores, seconds at the 95th percentile
 
@@ -72,7 +75,7 @@ def main() -> None:
     parser.add_argument("--pruner", choices=["none", "asha"], default="none")
     parser.add_argument("--start", action="store_true")
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--profile", type=Path, help="where cProfile's figures go")
+    parser.add_argument("--profile", type=Path, help="file for cProfile's CPU seconds")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
@@ -128,12 +131,9 @@ def _case(folder: Path, num_workers: int, given: argparse.Namespace) -> dict[str
 
 def fill(folder: Path, counts: Sequence[int]) -> dict[int, Path]:
     """Databases with so many made-up finished trials."""
-    from contextlib import closing
-    from sqlite3 import connect
-
     import optuna
 
-    from search import storage
+    from search import notes, storage
 
     folder.mkdir(exist_ok=True)
     database = folder / "filled.db"
@@ -146,9 +146,9 @@ def fill(folder: Path, counts: Sequence[int]) -> dict[int, Path]:
         **{f"int_{k}": one.IntDistribution(16, 256, log=True) for k in range(NUM_INTS)},
         **{f"category_{k}": one.CategoricalDistribution("abc") for k in range(NUM_CATEGORIES)},
     }
-    filled, number = {}, 0
+    filled, number, block = {}, 0, 0
     for count in counts:
-        while number < count:
+        while number < min(count, MADE):
             trial = optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING)
             params = {
                 name: sampler.sample_independent(made, trial, name, drawn)
@@ -156,10 +156,53 @@ def fill(folder: Path, counts: Sequence[int]) -> dict[int, Path]:
             }
             made.add_trial(_finished(number, params, space))
             number += 1
-        filled[count] = folder / f"filled-{count}.db"
-        with closing(connect(database)) as source, closing(connect(filled[count])) as target:
-            source.backup(target)
+        notes.save_missing(made)
+        with closing(connect(database)) as source:
+            while number < count:
+                block += 1
+                _copy(source, block * MADE, min(MADE, count - number))
+                number += min(MADE, count - number)
+            filled[count] = folder / f"filled-{count}.db"
+            with closing(connect(filled[count])) as target:
+                source.backup(target)
     return filled
+
+
+def _copy(database: Connection, offset: int, count: int) -> None:
+    """The first trials once more, with numbers that are higher by an offset, at other points.
+
+    Through Optuna, ten thousand would take a quarter of an hour.
+    """
+    tables = [
+        row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type='table'")
+    ]
+    for table in tables:
+        described = database.execute(f"PRAGMA table_info({table})").fetchall()
+        names = {name: is_key for _, name, _, _, _, is_key in described}
+        if "trial_id" not in names:
+            continue
+        # A table's own key is counted on; that of the trials is what the others refer to.
+        kept = [name for name, is_key in names.items() if name == "trial_id" or not is_key]
+        copied = {name: name for name in kept} | {"trial_id": f"trial_id + {offset}"}
+        if "number" in copied:
+            copied["number"] = f"number + {offset}"
+        if table == "trial_params":
+            uniform = "abs(random() % 1000000) / 1e6"
+            copied["param_value"] = (
+                f"CASE WHEN param_name LIKE 'float%' THEN {uniform} ELSE param_value END"
+            )
+        database.execute(
+            f"INSERT INTO {table} ({', '.join(copied)}) SELECT {', '.join(copied.values())} "
+            f"FROM {table} WHERE trial_id <= {count}"
+        )
+    number = "CAST(substr(key, 11) AS INTEGER)"  # behind "dashboard:"
+    rest = "substr(substr(key, 11), instr(substr(key, 11), ':'))"
+    database.execute(
+        "INSERT INTO study_system_attributes (study_id, key, value_json) "
+        f"SELECT study_id, 'dashboard:' || ({number} + {offset}) || {rest}, value_json "
+        f"FROM study_system_attributes WHERE key GLOB 'dashboard:[0-9]*' AND {number} <= {count}"
+    )
+    database.commit()
 
 
 def _finished(number: int, params: dict[str, Any], space: dict[str, Any]) -> Any:
@@ -238,7 +281,7 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         )
         process = psutil.Process()
         cpu, began = sum(process.cpu_times()[:2]), time.perf_counter()
-        profile = cProfile.Profile()
+        profile = cProfile.Profile(time.process_time)
         if given.profile:
             profile.enable()
         coordinator.search(pool)
