@@ -309,7 +309,7 @@ def idle(trials: Iterable[Any]) -> list[float]:
     by_worker: dict[Any, list[tuple[float, float]]] = defaultdict(list)
     for trial in trials:
         for attempt in trial.user_attrs.get("attempts", []):
-            worker = attempt.get("host"), attempt["process"]
+            worker = attempt.get("host"), attempt.get("process")
             by_worker[worker].append((attempt["start"], attempt.get("end", float("nan"))))
     gaps = []
     for spans in by_worker.values():
