@@ -16,7 +16,7 @@ accuracy on all of them after the epoch that its reports liked best. Targets are
 a study's known ones are beside the table, and only policies that name them try them.
 
 The sampler, its seeds and the pruner are the product's own, on Optuna's studies in memory; Keras is
-not imported. A search that has tried the whole table without completing a target never reached it.
+not imported. A search that has stopped every target before its end never reached one.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Outcome(NamedTuple):
     """Of one search."""
 
     seconds: float  # simulated, until a target was complete; infinite where none was
-    trials: int  # begun by then
+    trials: int  # begun by then, or until none could be reached any more
     best: float  # value of a complete trial
 
 
@@ -235,6 +235,10 @@ class Replay:
             elif self._goes_on(run):
                 self._next(now, run)
             else:
+                if not self._rungs:  # else it may yet be promoted
+                    self._targets.discard(run.point)
+                if not self._targets and not self._policy.known:
+                    break
                 self._begin(now)
         return Outcome(math.inf, self._num_trials, best)
 
