@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 
-# Share of the trials that TPE draws at random before it models anything.
+# Trials that TPE draws at random before it models anything.
 STARTUP_TRIALS = 12
 
 
@@ -36,11 +36,14 @@ class _PlaceByNumber(optuna.samplers.QMCSampler):
         return self._number
 
 
-def sampler(name: str, seed: int, number: int = 0) -> optuna.samplers.BaseSampler:
+def sampler(
+    name: str, seed: int, number: int = 0, startup_trials: int = STARTUP_TRIALS
+) -> optuna.samplers.BaseSampler:
     """`tpe`, `random` or `qmc`, all of which unpickle nothing that they find in a study.
 
     Args:
         number: of the trial; its place in the sequence of `qmc`.
+        startup_trials: drawn at random before `tpe` models anything.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -51,7 +54,7 @@ def sampler(name: str, seed: int, number: int = 0) -> optuna.samplers.BaseSample
         # group: hyperparameters that exist only together are sampled jointly.
         return optuna.samplers.TPESampler(
             seed=seed,
-            n_startup_trials=STARTUP_TRIALS,
+            n_startup_trials=startup_trials,
             multivariate=True,
             group=True,
             constant_liar=True,

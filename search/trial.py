@@ -16,6 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 from search import sampling, storage
 from search.protocol import SUGGESTIONS, Message
 
+# How often a running trial's last sign of life is stored, in seconds: what a lost coordinator left
+# is said to have ended then.
+SEEN_EVERY = 5.0
 # The end of an attempt that was not its own doing: not counted.
 COORDINATOR_ENDED = "coordinator ended"
 # What is stored of a trial here: an objective's own attributes have other names.
@@ -46,6 +49,10 @@ class UnfinishedTrial:
         self._began = 0.0  # monotonic seconds, this attempt
         self._history: dict[str, dict[str, float]] = {}
         self._speed: dict[str, float] = {}
+        # As stored, kept up to date here from this attempt's first report on: nobody else writes
+        # it, and to read it costs as much as the report's own writes.
+        self._reported: FrozenTrial | None = None
+        self._seen = 0.0  # monotonic seconds, when it was last written down that it lives
 
     def adopt(self) -> dict[str, Any] | None:
         """Take over what a lost coordinator has left; its `ending` if it was at its end."""
@@ -87,6 +94,7 @@ class UnfinishedTrial:
         self._sampling = sampling.TrialSampling(self._study, self._id, sampler, seed)
         self._began, self.last_step = time.monotonic(), 0
         self._history, self._speed = {}, {}
+        self._reported = None
         self._attempts.append(
             {
                 "attempt": len(self._attempts) + 1,
@@ -127,17 +135,20 @@ class UnfinishedTrial:
         self.last_step = step
         self._speed = message["progress"]
         self._attempts[-1]["seen"] = time.time()
-        self._set("attempts", self._attempts)
-        if not self._history:  # the first of this attempt, which may go on behind an earlier one's
-            earlier = self._storage.get_trial(self._id).user_attrs.get("history", {})
+        if time.monotonic() - self._seen >= SEEN_EVERY:
+            self._seen = time.monotonic()
+            self._set("attempts", self._attempts)
+        if self._reported is None:
+            self._reported = self._storage.get_trial(self._id)
+            # It may go on behind an earlier attempt.
+            earlier = self._reported.user_attrs.get("history", {})
             self._history = {at: kept for at, kept in earlier.items() if int(at) < step}
         if message["metrics"]:
             self._history[str(step)] = message["metrics"]
             self._set("history", self._history)
         # Decided on what will be stored, and stored with it.
-        trial = self._storage.get_trial(self._id)
-        trial.intermediate_values[step] = value
-        if step > self._passed and self._is_behind(trial, pruner):
+        self._reported.intermediate_values[step] = value
+        if step > self._passed and self._is_behind(self._reported, pruner):
             reason = f"behind at report {step}"
             return self.end(TrialState.PRUNED, kind="pruned", reason=reason, report=value)
         self._store_report(step, value)

@@ -5,12 +5,15 @@
 
 Point k is drawn at random with seed k, and trained for 6 epochs of the first 20 000 images of the
 training part, by one thread, as many points at a time as there are cores. After each 5 000 images:
-accuracy on the 2 500 images that a search looks at; after each epoch on all 10 000. Killed, the
-same command goes on with the points that are missing; one takes minutes.
+accuracy on the 2 500 images that a search looks at; after each epoch on all 10 000. The study's
+known points follow. Killed, the same command goes on with the points that are missing; one takes
+minutes.
 
-The packed table: params (JSON), parameters, flops, start (seconds until the first step has been
-done: building and tracing), train (points, reports) and measure (points, reports) seconds, monitor
-and loss (points, reports), val (points, epochs); NaN behind a divergence.
+The packed table: space (JSON, as `hyperparameters.describe` gives it), params (JSON), known (one of
+the study's own points), parameters, flops, start (seconds until the first step has been done:
+building and tracing), train (points, reports) and measure (points, reports) seconds, monitor and
+loss (points, reports), val (points, epochs), final (seconds of the last measurement on all
+validation images); NaN behind a divergence.
 """
 
 from __future__ import annotations
@@ -24,19 +27,22 @@ import time
 from pathlib import Path
 
 import keras
+import keras_tuner
 import numpy as np
 import optuna
 
 from search import backend, complexity, datasets, training
 from search.devices import Device
 from search.hypermodel import Images, Space
-from search.hyperparameters import TrialHyperParameters
-from studies.cnn import FashionCNN
+from search.hyperparameters import ReplayedHyperParameters, TrialHyperParameters, describe
+from studies.cnn import FashionCNN, study
 
 NUM_IMAGES = 20_000
 NUM_EPOCHS = 6
 IMAGES_PER_REPORT = 5_000
 REPORTS_PER_EPOCH = NUM_IMAGES // IMAGES_PER_REPORT
+_KNOWN = "known-"  # begins a file's name
+_SINGLE = ("parameters", "flops", "start", "final")  # one figure for each point
 
 
 def main() -> None:
@@ -74,29 +80,28 @@ def record(given: argparse.Namespace) -> None:
 def work(given: argparse.Namespace) -> None:
     backend.use_precision("auto")
     part = datasets.load_split("fashion_mnist")
-    for number in range(given.index, given.points, given.of):
-        path = given.folder / f"{number:04d}.json"
+    names = [f"{number:04d}" for number in range(given.points)]
+    names += [f"{_KNOWN}{number:02d}" for number in range(len(study.known_points))]
+    for name in names[given.index :: given.of]:
+        path = given.folder / f"{name}.json"
         if path.exists():
             continue
-        measured = curve(number, part)
+        measured = curve(name, part)
         beside = path.with_suffix(".partial")
         beside.write_text(json.dumps(measured))
         beside.rename(path)
         last = measured["reports"][-1]
-        print(f"point {number}: {last['accuracy']:.4f}, {last['at']:.0f} s", flush=True)
+        print(f"point {name}: {last['accuracy']:.4f}, {last['at']:.0f} s", flush=True)
         backend.release()
 
 
-def curve(number: int, part: datasets.Split) -> dict[str, object]:
-    """Train point `number` and measure its curve."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+def curve(name: str, part: datasets.Split) -> dict[str, object]:
+    """Train a point and measure its curve."""
     began = time.perf_counter()
+    number = int(name.removeprefix(_KNOWN))
     keras.utils.set_random_seed(number)
-    sampler = optuna.samplers.RandomSampler(seed=number)
-    trial = optuna.create_study(sampler=sampler).ask()
-    hp = TrialHyperParameters(trial)
-    images = Images("fashion_mnist", (28, 28, 1), 10)
-    space = Space(FashionCNN, images, NUM_EPOCHS * NUM_IMAGES)
+    hp = known(number) if name.startswith(_KNOWN) else drawn(number)
+    space = empty_space()
     model = space.build(hp)
     plan = training.Plan(
         NUM_IMAGES,
@@ -114,13 +119,28 @@ def curve(number: int, part: datasets.Split) -> dict[str, object]:
         callbacks=[*space.callbacks(hp), watch, keras.callbacks.TerminateOnNaN()],
     )
     return {
-        "params": trial.params,
+        "params": hp.values,
         "parameters": complexity.parameters(model),
         "flops": complexity.flops(model),
         "start": watch.first_step - began,
         "reports": watch.reports,
         "epochs": watch.epochs,
+        "final": watch.final,
     }
+
+
+def empty_space() -> Space:
+    return Space(FashionCNN, Images("fashion_mnist", (28, 28, 1), 10), NUM_EPOCHS * NUM_IMAGES)
+
+
+def drawn(number: int) -> TrialHyperParameters:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.RandomSampler(seed=number)
+    return TrialHyperParameters(optuna.create_study(sampler=sampler).ask())
+
+
+def known(number: int) -> ReplayedHyperParameters:
+    return ReplayedHyperParameters(study.known_points[number], complete=True)
 
 
 class Watch(keras.callbacks.Callback):
@@ -131,6 +151,7 @@ class Watch(keras.callbacks.Callback):
         self.reports: list[dict[str, float]] = []
         self.epochs: list[float] = []
         self.first_step = 0.0
+        self.final = 0.0
         self._began, self._val = began, val
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -156,10 +177,14 @@ class Watch(keras.callbacks.Callback):
         )
         if (epoch + 1) % REPORTS_PER_EPOCH == 0:
             self.epochs.append(training.accuracy(self.model, self._val))
+            self.final = time.perf_counter() - now
 
 
 def pack(given: argparse.Namespace) -> None:
-    points = [json.loads(path.read_text()) for path in sorted(given.folder.glob("*.json"))]
+    paths = sorted(given.folder.glob("*.json"))
+    points = [json.loads(path.read_text()) for path in paths]
+    hp = keras_tuner.HyperParameters()
+    empty_space().build(hp)
 
     def table(of, length):
         filled = np.full((len(points), length), np.nan, np.float32)
@@ -172,8 +197,10 @@ def pack(given: argparse.Namespace) -> None:
     columns = {"monitor": "accuracy", "loss": "loss", "train": "train", "measure": "measure"}
     np.savez_compressed(
         given.out,
+        space=json.dumps(describe(hp)),
         params=json.dumps([point["params"] for point in points]),
-        **{name: [point[name] for point in points] for name in ("parameters", "flops", "start")},
+        known=[path.name.startswith(_KNOWN) for path in paths],
+        **{name: [point[name] for point in points] for name in _SINGLE},
         **{
             name: table(lambda point, key=key: [r[key] for r in point["reports"]], num_reports)
             for name, key in columns.items()

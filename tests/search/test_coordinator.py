@@ -432,6 +432,26 @@ def test_a_trial_that_is_lost_too_often_fails_with_its_last_words(search, trials
     assert [attempt["reason"] for attempt in trial.user_attrs["attempts"]] == ["killed"] * 3
 
 
+def test_of_a_trial_s_reports_the_first_alone_reads_the_study(search):
+    reads, counted = [], []
+
+    def prepare(study):
+        read = study._storage.get_trial
+        study._storage.get_trial = lambda trial_id: reads.append(trial_id) or read(trial_id)
+
+    def script(number, attempt):
+        yield suggest("x")
+        yield report(0.5, 1, metrics={"loss": 1.0})
+        before = len(reads)
+        for step in range(2, 10):
+            yield report(0.5, step, metrics={"loss": 1.0})
+        counted.append(len(reads) - before)
+        yield finished(value=0.5)
+
+    search(script, trials=1, prepare=prepare)
+    assert counted == [0]
+
+
 @pytest.mark.parametrize(
     ("deaths", "state", "reasons"),
     [

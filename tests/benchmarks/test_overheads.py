@@ -1,0 +1,39 @@
+from optuna.trial import TrialState, create_trial
+
+from search import storage
+from tests.benchmarks import overheads
+
+
+def ended(process, *spans):
+    attempts = [{"process": process, "start": start, "end": end} for start, end in spans]
+    return create_trial(state=TrialState.PRUNED, user_attrs={"attempts": attempts})
+
+
+def test_idle_is_between_two_trials_of_a_worker():
+    trials = [
+        ended(1, (0.0, 2.0)),
+        ended(2, (0.0, 5.0)),
+        ended(1, (2.5, 4.0)),
+        ended(2, (6.0, 9.0)),
+    ]
+    assert overheads.idle(trials) == [0.5, 1.0]
+
+
+def test_an_attempt_that_still_runs_has_no_idle_time_behind_it():
+    running = create_trial(
+        state=TrialState.RUNNING, user_attrs={"attempts": [{"process": 1, "start": 3.0}]}
+    )
+    assert overheads.idle([ended(1, (0.0, 2.0)), running]) == [1.0]
+
+
+def test_copied_trials_are_a_study_as_optuna_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(overheads, "MADE", 4)
+    filled = overheads.fill(tmp_path, [3, 10])
+    for count, database in filled.items():
+        study = storage.read_study(f"sqlite:///{database}", overheads.study.name)
+        trials = study.trials
+        assert [trial.number for trial in trials] == list(range(count))
+        assert all(trial.state.is_finished() for trial in trials)
+        assert len({trial.params["float_0"] for trial in trials}) == count
+        noted = set(study._storage.get_study_system_attrs(study._study_id))
+        assert {f"dashboard:{trial._trial_id}:note_ver" for trial in trials} <= noted
