@@ -187,7 +187,7 @@ class _Journey:
         ready = pool.wait_for_space()
         if run := self._run():
             self._refuse_another(run, ready["space"], dataset, pretrained)
-        self._study = storage.open_study(self._url, self._entry.name)
+        self._study = storage.open_study(self._url, self._entry.name, wait=pool.wait)
         self._study.set_user_attr(
             "run",
             {

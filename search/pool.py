@@ -64,14 +64,19 @@ class Task:
                 self.interval = max(self.interval, self.heard - self.reported)
             self.reported = self.heard
 
-    def overdue(self, silence: float | None) -> str:
+    def excuse(self, seconds: float, now: float) -> None:
+        """So long nobody has listened: that is not its worker's doing."""
+        self.started = min(self.started + seconds, now)
+        self.heard = min(self.heard + seconds, now)
+
+    def overdue(self, silence: float | None, now: float) -> str:
         """Why its worker is to be ended, or nothing.
 
         Args:
+            now: monotonic seconds.
             silence: seconds after which a worker that says nothing hangs; None for a guess from
                 its own reports.
         """
-        now = time.monotonic()
         if self.timeout and now - self.started > self.timeout:
             return f"took longer than --trial-timeout={self.timeout:g}s"
         usual = max(LEAST_SILENCE, SILENT_INTERVALS * self.interval) if self.interval else None
@@ -163,6 +168,7 @@ class Pool:
         self._preparation: Message | None = None
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
+        self._listened = time.monotonic()  # when it was last seen what the workers said
         self.interrupted = 0  # the number of the signal that asked the run to end
         self.described: Message | None = None  # what the study says of itself
         self.space: Message | None = None  # space and known points, from the first ready worker
@@ -234,6 +240,14 @@ class Pool:
         slot.device = Device(threads, slot.device.gpu)
         self._restart(slot)
 
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless a signal has come or comes: then raise Interrupted."""
+        end = time.monotonic() + seconds
+        while not self.interrupted and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        if self.interrupted:
+            raise Interrupted(self.interrupted)
+
     def poll(self, timeout: float) -> Iterator[Event]:
         """What the workers have said by now; waits up to `timeout` seconds for the first word.
 
@@ -243,7 +257,13 @@ class Pool:
         """
         if self.interrupted:
             raise Interrupted(self.interrupted)
-        for key, _ in self._selector.select(timeout):
+        now = time.monotonic()
+        for task in (slot.task for slot in self.slots if slot.task):
+            # A storage that fails may have kept the coordinator from listening.
+            task.excuse(now - self._listened, now)
+        heard = self._selector.select(timeout)
+        self._listened = time.monotonic()
+        for key, _ in heard:
             slot: Slot = key.data
             if slot.worker is None or slot.worker.channel is not key.fileobj:
                 continue
@@ -260,7 +280,7 @@ class Pool:
             # A child of the worker's may hold its socket open: then no end of file tells its death.
             if slot.worker and not slot.worker.is_alive() and not slot.worker.channel.is_readable():
                 yield from self._lost(slot)
-            elif slot.task and (why := slot.task.overdue(self._silence)):
+            elif slot.task and (why := slot.task.overdue(self._silence, self._listened)):
                 yield from self._end_late(slot, slot.task, why)
 
     def _hear(self, slot: Slot, message: Message) -> Event | None:

@@ -69,7 +69,7 @@ def with_trials(url, num_trials, name="mine"):
 
 
 @pytest.mark.parametrize(
-    ("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 1), ("busy_timeout", 60_000)]
+    ("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 1), ("busy_timeout", 1_000)]
 )
 def test_settings_reach_every_connection(url, pragma, value):
     engine = storage.open_study(url, "mine")._storage._backend.engine
