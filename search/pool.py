@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from search import memory
 from search.devices import Device, share_out
 from search.engines.local import LocalEngine, LocalWorker
 from search.errors import SearchError
@@ -29,6 +30,7 @@ MAX_GROWTH = 130 * 2**20  # bytes
 # interval, and for so long, hangs. Generous: what comes after the last report is not known.
 SILENT_INTERVALS = 10
 LEAST_SILENCE = 300.0  # seconds
+OUT_OF_MEMORY = "out_of_memory"  # how an attempt ended, where there is evidence
 _MAX_FAILED_STARTS = 3  # workers in a row that die before they are ready
 
 
@@ -108,7 +110,7 @@ class Event:
     message: Message
     lost: str | None = None
     task: Task | None = None
-    kind: str = "killed"  # of a loss; timeout where it was ended for being late
+    kind: str = "killed"  # of a loss; timeout or out_of_memory where that is known
 
 
 def run_task(file: Path, settings: Message, task: Message) -> Message:
@@ -168,6 +170,7 @@ class Pool:
         self._preparation: Message | None = None
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
+        self._oom_kills = memory.oom_kills()
         self._listened = time.monotonic()  # when it was last seen what the workers said
         self.interrupted = 0  # the number of the signal that asked the run to end
         self.described: Message | None = None  # what the study says of itself
@@ -312,7 +315,9 @@ class Pool:
         slot.rss = message["rss"]
         slot.rss_at_first = slot.rss_at_first or slot.rss
         slot.status = {}
-        if slot.rss - slot.rss_at_first > MAX_GROWTH:
+        if message.get("outcome") == OUT_OF_MEMORY:
+            self._restart(slot)  # what is left of its memory is in pieces
+        elif slot.rss - slot.rss_at_first > MAX_GROWTH:
             logger.info(
                 "worker %d has grown by %d MB and is replaced",
                 slot.index,
@@ -336,8 +341,13 @@ class Pool:
             )
         logger.warning("worker %d (process %d) %s", slot.index, worker.pid, how.splitlines()[0])
         self._start(slot)
+        kind = self._why_killed() if worker.was_killed() else "killed"
         if task:
-            yield Event(slot, {"type": "lost"}, lost=how, task=task)
+            yield Event(slot, {"type": "lost"}, lost=how, task=task, kind=kind)
+
+    def _why_killed(self) -> str:
+        before, self._oom_kills = self._oom_kills, memory.oom_kills()
+        return OUT_OF_MEMORY if self._oom_kills > before else "killed"
 
     def _end_late(self, slot: Slot, task: Task, why: str) -> Iterator[Event]:
         logger.warning("worker %d %s and is replaced", slot.index, why)
