@@ -37,7 +37,7 @@ class Command:
 
     def run(self, *arguments: str, program: tuple[str, ...] = ("search",)) -> tuple[int, str]:
         process = self.start(*arguments, program=program)
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
     def study(self):

@@ -13,6 +13,7 @@ import pytest
 from tests import invariants
 from tests.command import Command
 
+
 @pytest.fixture
 def command(tmp_path):
     return Command(tmp_path)
@@ -32,17 +33,13 @@ def test_the_same_command_again_adds_nothing(command):
     assert "4 of 4 trials finished" in output
 
 
-@pytest.mark.fault("K1", "K2")
-@pytest.mark.slow
-def test_k1_and_k2_thirty_workers_and_three_coordinators_killed(tmp_path):
-    command = Command(tmp_path, DUMMY_SLEEP="0.2")
+def kill_at_random(command, arguments, num_kills, kills_at=()):
+    """SIGKILLs workers at random, and the coordinator after so many of them; seconds it took."""
     rng = random.Random(1)
-    arguments = ("--trials", "60", "--workers", "4", "--max-attempts", "50")
-    kills_at = {8, 16, 24}  # worker kills after which the coordinator dies as well
-    kills = 0
+    began, kills = time.monotonic(), 0
     process = command.start(*arguments)
-    while kills < 30:
-        time.sleep(rng.uniform(0.05, 0.2))
+    while kills < num_kills:
+        time.sleep(rng.uniform(0.05, 0.4))
         assert process.poll() is None, f"finished after {kills} kills: {process.stdout.read()}"
         if not (workers := invariants.workers_of(command.folder)):
             continue
@@ -54,10 +51,45 @@ def test_k1_and_k2_thirty_workers_and_three_coordinators_killed(tmp_path):
             invariants.wait_until_no_worker(command.folder, 2)
             process = command.start(*arguments)
             command.wait_for_worker()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    invariants.check(command.folder, command.log, 60)
+    return time.monotonic() - began
+
+
+def check_killed(command, num_trials, *arguments, num_kills, kills_at=()):
+    arguments = ("--trials", str(num_trials), "--workers", "4", "--max-attempts", "50", *arguments)
+    seconds = kill_at_random(command, arguments, num_kills, kills_at)
+    invariants.check(command.folder, command.log, num_trials)
     assert not any(trial.state.name == "FAIL" for trial in command.study().trials)
+    return seconds
+
+
+@pytest.mark.fault("K1", "K2")
+@pytest.mark.slow
+def test_k1_and_k2_thirty_workers_and_three_coordinators_killed(tmp_path):
+    command = Command(tmp_path, DUMMY_SLEEP="0.2")
+    check_killed(command, 60, num_kills=30, kills_at={8, 16, 24})
+
+
+@pytest.mark.longest
+@pytest.mark.parametrize(
+    "kills_at",
+    [
+        pytest.param((), marks=pytest.mark.fault("K1"), id="k1"),
+        pytest.param((17, 34, 51, 68, 85), marks=pytest.mark.fault("K2"), id="k2"),
+    ],
+)
+def test_200_trials_end_whoever_is_killed_100_times(tmp_path, kills_at):
+    (tmp_path / "alone").mkdir()
+    alone = Command(tmp_path / "alone", DUMMY_SLEEP="0.7")
+    began = time.monotonic()
+    code, output = alone.run("--trials", "200", "--workers", "4", "--pruner", "none")
+    undisturbed = time.monotonic() - began
+    assert code == 0, output
+    command = Command(tmp_path, DUMMY_SLEEP="0.7")
+    seconds = check_killed(command, 200, "--pruner", "none", num_kills=100, kills_at=kills_at)
+    print(f"undisturbed {undisturbed:.0f} s, killed {seconds:.0f} s")
+    assert seconds < 2 * undisturbed
 
 
 @pytest.mark.fault("K3")
