@@ -41,10 +41,12 @@ def database_path(url: str) -> Path:
         SearchError: for any other URL; it names the scheme only, since a URL may hold a password.
     """
     named = url.removeprefix(_PREFIX)
+    before, found, _ = url.partition("://")
+    scheme = f"a {before[:20]!r}" if found else "another"
     if named == url or named in ("", ":memory:") or set(named) & set("?%#{}"):
         raise SearchError(
-            "the study is kept in sqlite:///FILE for now, a path without ? % # { }. Received: a "
-            f"{url.split(':', 1)[0][:20]!r} address. Write for example "
+            "the study is kept in sqlite:///FILE for now, a path without ? % # { }. Received: "
+            f"{scheme} address. Write for example "
             "--storage sqlite:///runs/cnn/study.db, or another --out",
             exit_code=EXIT_USAGE,
         )

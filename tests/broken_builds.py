@@ -123,7 +123,7 @@ BREAKS = (
     ),
     Break(
         "X4", "a refused URL is shown", "search/storage.py",
-        "{url.split(':', 1)[0][:20]!r}", "{url!r}",
+        "{before[:20]!r}", "{url!r}",
         "test_storage.py::test_any_other_url_is_refused_without_its_password",
     ),
     Break(

@@ -101,12 +101,14 @@ def test_s1_each_transaction_that_fails_is_made_once(tmp_path, fail, when):
 
 @pytest.mark.fault("S1")
 def test_s1_a_trial_whose_answer_is_lost_is_made_once(url, fail):
+    fail("after", only=-1)  # its connections are the failing ones from the start
     study = storage.open_study(url, "mine")
     storage.open_study(url, "another").ask()
-    for number in range(3):
-        fail("after", only=1)
+    for number in range(4):
+        fail("after", only=number + 1)
         study.enqueue_trial({"x": 0.5})
-        fail("after", only=1)
+        assert len(study.trials) == number + 1
+        fail("after", only=number + 1)
         assert study.ask().number == number
         assert len(study.trials) == number + 1
 
