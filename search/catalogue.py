@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ def find(reference: str) -> Entry:
                 f"--study: there is no file {reference[:200]!a}; check the path",
                 exit_code=EXIT_USAGE,
             )
+        _refuse_anybody_s(file.resolve())
         return _read(file.resolve())
     if not NAME_RULE.fullmatch(reference):
         raise SearchError(
@@ -143,6 +145,16 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name that is too long, or has a null byte
         return False
+
+
+def _refuse_anybody_s(file: Path) -> None:
+    """A study's file is run: it may not be one that anybody on this machine could have written."""
+    if file.stat().st_mode & stat.S_IWOTH:
+        raise SearchError(
+            f"--study runs the file's code, and anybody may write {file}. Fix: chmod o-w, once you "
+            "have read it",
+            exit_code=EXIT_USAGE,
+        )
 
 
 def _read(file: Path) -> Entry:

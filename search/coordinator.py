@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 
 from search import folders, notes, pruning, results, sampling
 from search.errors import SearchError
-from search.pool import Event, Pool, Slot
+from search.pool import OUT_OF_MEMORY, Event, Pool, Slot
 from search.progress import View
 from search.settings import Settings
 from search.snapshots import Snapshots
@@ -123,8 +123,11 @@ class Coordinator:
         return waiting
 
     def _next(self) -> UnfinishedTrial | None:
+        if any(trial.is_alone for trial in self._running.values()):
+            return None
         if self._waiting:
-            return self._waiting.popleft()
+            waits = self._waiting[0].is_alone and self._running
+            return None if waits else self._waiting.popleft()
         unfinished = sum(not trial.told for trial in self._running.values())
         if self._num_finished + unfinished >= self._settings.trials:
             return None
@@ -175,7 +178,11 @@ class Coordinator:
                 pool.answer(slot, value=self._report(slot, trial, message))
             case "finished":
                 del self._running[slot.index]
-                if not trial.told:
+                if trial.told:
+                    return
+                if message["outcome"] == OUT_OF_MEMORY and not trial.is_alone:
+                    self._lost(trial, f"ran out of memory: {message['reason']}", OUT_OF_MEMORY)
+                else:
                     self._ended(trial, trial.finish(message), message.get("traceback", ""))
             case "lost":
                 del self._running[slot.index]
@@ -213,7 +220,8 @@ class Coordinator:
         if ending := trial.lose(how, self._settings.max_attempts, kind):
             self._ended(trial, ending, last_words)
             return
-        logger.info("trial %d runs again: its worker %s", trial.number, first_line)
+        alone = " alone" if trial.is_alone else ""
+        logger.info("trial %d runs again%s: its worker %s", trial.number, alone, first_line)
         self._waiting.appendleft(trial)
 
     def _ended(self, trial: UnfinishedTrial, ending: dict[str, Any], detail: str = "") -> None:

@@ -1,9 +1,12 @@
-"""A run's folder: whether it can be used, and what killed runs left in it."""
+"""A run's folder: whether it can be used, whose it is, and what killed runs left in it."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from search import artifacts
@@ -12,6 +15,13 @@ from search.errors import SearchError
 LOCK = ".lock"
 FEATURES = "features"  # activations of frozen parts, until the winners are measured
 CHECKPOINTS = "checkpoints"  # of trainings that run
+# What a run writes; --out may be a folder with other things in it.
+WRITTEN = (
+    *("study.db", "study.db-wal", "study.db-shm", "snapshots", "search.log", "logs"),
+    *("models", "evaluation", "configs", "metrics.json", "report.html", "csv", "tensorboard"),
+    *(FEATURES, CHECKPOINTS),
+)
+PRIVATE, SHARED = 0o077, 0o022  # what others may not: anything in a run; write what is cached
 # Models, predictions and the study of a usual run; less is refused before the first trial.
 NEEDED_BYTES = 200 * 2**20
 
@@ -26,6 +36,28 @@ def remove_scratch(folder: Path) -> None:
     """What nothing reads any more once the winners are measured."""
     for name in (FEATURES, CHECKPOINTS):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """New files and folders of this process are PRIVATE or SHARED meanwhile."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises SearchError if something that a run writes in `folder` is a link that leads out."""
+    inside = folder.resolve()
+    for name in WRITTEN:
+        for path in (folder / name, *(folder / name).rglob("*")):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise SearchError(
+                    f"Files are not written through symbolic links. Received: {path} -> "
+                    f"{os.readlink(path)}. Fix: remove the link"
+                )
 
 
 def check(folder: Path, option: str) -> None:

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,13 @@ def run(
         datasets.find(datasets.resolve(options["dataset"], Path.cwd()))
     url = storage.url_in(folder, options.get("storage"))
     devices_ = devices.share_out(str(options.get("workers") or "auto"))
-    folders.check(folder, "--out")
-    folders.check(storage.database_path(url).parent, "--storage")
-    with storage.lock(folder / folders.LOCK), storage.lock(storage.lock_beside(url, entry.name)):
+    with ExitStack() as held:
+        held.enter_context(folders.umask(folders.PRIVATE))
+        folders.refuse_links(folder)
+        folders.check(folder, "--out")
+        folders.check(storage.database_path(url).parent, "--storage")
+        held.enter_context(storage.lock(folder / folders.LOCK))
+        held.enter_context(storage.lock(storage.lock_beside(url, entry.name)))
         view.log_to(folder / "search.log")
         try:
             with storage.failures_named(url):
@@ -141,6 +145,7 @@ class _Journey:
                 self._search(pool, settings, logs)
             if final and settings.kind != "objective":
                 retraining = self._retraining(settings)
+                folders.check(self._folder, "--out")  # the search may have filled the disk
                 retraining.run(pool)
                 folders.remove_scratch(self._folder)
                 for job in retraining.jobs:
@@ -187,7 +192,7 @@ class _Journey:
         ready = pool.wait_for_space()
         if run := self._run():
             self._refuse_another(run, ready["space"], dataset, pretrained)
-        self._study = storage.open_study(self._url, self._entry.name)
+        self._study = storage.open_study(self._url, self._entry.name, wait=pool.wait)
         self._study.set_user_attr(
             "run",
             {
@@ -363,14 +368,16 @@ def with_weights(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
     and what is known of the weights, ready for JSON."""
     if settings.weights is None:
         return settings, None
-    ready = weights.ensure(settings.weights)
+    with folders.umask(folders.SHARED):
+        ready = weights.ensure(settings.weights)
     known = {"reference": settings.weights, "sha256": ready.sha256, "label": ready.label}
     return dataclasses.replace(settings, weights=ready.path), known
 
 
 def described_data(reference: str) -> dict[str, Any]:
     """Verify the data set, fetched where it has to be; what is known of it, ready for JSON."""
-    sha256 = datasets.ensure(reference)
+    with folders.umask(folders.SHARED):
+        sha256 = datasets.ensure(reference)
     dataset = datasets.find(reference)
     return {
         "name": dataset.name,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from search import memory
 from search.devices import Device, share_out
 from search.engines.local import LocalEngine, LocalWorker
 from search.errors import SearchError
@@ -29,6 +30,7 @@ MAX_GROWTH = 130 * 2**20  # bytes
 # interval, and for so long, hangs. Generous: what comes after the last report is not known.
 SILENT_INTERVALS = 10
 LEAST_SILENCE = 300.0  # seconds
+OUT_OF_MEMORY = "out_of_memory"  # how an attempt ended, where there is evidence
 _MAX_FAILED_STARTS = 3  # workers in a row that die before they are ready
 
 
@@ -64,14 +66,19 @@ class Task:
                 self.interval = max(self.interval, self.heard - self.reported)
             self.reported = self.heard
 
-    def overdue(self, silence: float | None) -> str:
+    def excuse(self, seconds: float, now: float) -> None:
+        """So long nobody has listened: that is not its worker's doing."""
+        self.started = min(self.started + seconds, now)
+        self.heard = min(self.heard + seconds, now)
+
+    def overdue(self, silence: float | None, now: float) -> str:
         """Why its worker is to be ended, or nothing.
 
         Args:
+            now: monotonic seconds.
             silence: seconds after which a worker that says nothing hangs; None for a guess from
                 its own reports.
         """
-        now = time.monotonic()
         if self.timeout and now - self.started > self.timeout:
             return f"took longer than --trial-timeout={self.timeout:g}s"
         usual = max(LEAST_SILENCE, SILENT_INTERVALS * self.interval) if self.interval else None
@@ -103,7 +110,7 @@ class Event:
     message: Message
     lost: str | None = None
     task: Task | None = None
-    kind: str = "killed"  # of a loss; timeout where it was ended for being late
+    kind: str = "killed"  # of a loss; timeout or out_of_memory where that is known
 
 
 def run_task(file: Path, settings: Message, task: Message) -> Message:
@@ -163,6 +170,8 @@ class Pool:
         self._preparation: Message | None = None
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
+        self._oom_kills = memory.oom_kills()
+        self._listened = time.monotonic()  # when it was last seen what the workers said
         self.interrupted = 0  # the number of the signal that asked the run to end
         self.described: Message | None = None  # what the study says of itself
         self.space: Message | None = None  # space and known points, from the first ready worker
@@ -234,6 +243,14 @@ class Pool:
         slot.device = Device(threads, slot.device.gpu)
         self._restart(slot)
 
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless a signal has come or comes: then raise Interrupted."""
+        end = time.monotonic() + seconds
+        while not self.interrupted and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        if self.interrupted:
+            raise Interrupted(self.interrupted)
+
     def poll(self, timeout: float) -> Iterator[Event]:
         """What the workers have said by now; waits up to `timeout` seconds for the first word.
 
@@ -243,7 +260,13 @@ class Pool:
         """
         if self.interrupted:
             raise Interrupted(self.interrupted)
-        for key, _ in self._selector.select(timeout):
+        now = time.monotonic()
+        for task in (slot.task for slot in self.slots if slot.task):
+            # A storage that fails may have kept the coordinator from listening.
+            task.excuse(now - self._listened, now)
+        heard = self._selector.select(timeout)
+        self._listened = time.monotonic()
+        for key, _ in heard:
             slot: Slot = key.data
             if slot.worker is None or slot.worker.channel is not key.fileobj:
                 continue
@@ -260,7 +283,7 @@ class Pool:
             # A child of the worker's may hold its socket open: then no end of file tells its death.
             if slot.worker and not slot.worker.is_alive() and not slot.worker.channel.is_readable():
                 yield from self._lost(slot)
-            elif slot.task and (why := slot.task.overdue(self._silence)):
+            elif slot.task and (why := slot.task.overdue(self._silence, self._listened)):
                 yield from self._end_late(slot, slot.task, why)
 
     def _hear(self, slot: Slot, message: Message) -> Event | None:
@@ -292,7 +315,9 @@ class Pool:
         slot.rss = message["rss"]
         slot.rss_at_first = slot.rss_at_first or slot.rss
         slot.status = {}
-        if slot.rss - slot.rss_at_first > MAX_GROWTH:
+        if message.get("outcome") == OUT_OF_MEMORY:
+            self._restart(slot)  # what is left of its memory is in pieces
+        elif slot.rss - slot.rss_at_first > MAX_GROWTH:
             logger.info(
                 "worker %d has grown by %d MB and is replaced",
                 slot.index,
@@ -316,8 +341,13 @@ class Pool:
             )
         logger.warning("worker %d (process %d) %s", slot.index, worker.pid, how.splitlines()[0])
         self._start(slot)
+        kind = self._why_killed() if worker.was_killed() else "killed"
         if task:
-            yield Event(slot, {"type": "lost"}, lost=how, task=task)
+            yield Event(slot, {"type": "lost"}, lost=how, task=task, kind=kind)
+
+    def _why_killed(self) -> str:
+        before, self._oom_kills = self._oom_kills, memory.oom_kills()
+        return OUT_OF_MEMORY if self._oom_kills > before else "killed"
 
     def _end_late(self, slot: Slot, task: Task, why: str) -> Iterator[Event]:
         logger.warning("worker %d %s and is replaced", slot.index, why)

@@ -8,8 +8,10 @@ Lines are the log's own (`logging`, name "search"); the log file has them always
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -71,7 +73,7 @@ class View:
 
     def log_to(self, path: Path) -> None:
         """Also write every line to a file, after what stands there."""
-        handler = logging.FileHandler(path)
+        handler = _File(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
 
@@ -139,6 +141,28 @@ class View:
         lines.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         lines.setLevel(logging.WARNING if self._verbosity < 0 else logging.INFO)
         return lines
+
+
+class _File(logging.FileHandler):
+    """The log file. A full disk costs its lines, not the run."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            free = shutil.disk_usage(Path(self.baseFilename).parent).free
+            logger.warning(
+                "%s lacks lines from here on: %s; it needs %d bytes, %d are free. The run goes on",
+                self.baseFilename,
+                sys.exc_info()[1],
+                len(self.format(record)),
+                free,
+            )
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is left in its buffer
+            super().close()
 
 
 class _Events(logging.Handler):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,10 @@ def train(path: Path, folder: Path, options: dict[str, Any], view: View) -> dict
     config = read_config(path)
     entry = catalogue.find(options.get("study") or config.get("study_file") or config["study"])
     devices_ = devices.share_out(str(options.get("workers") or "auto"))
-    folders.check(folder, "--out")
-    with storage.lock(folder / folders.LOCK):
+    folders.refuse_links(folder)
+    with folders.umask(folders.PRIVATE), ExitStack() as held:
+        folders.check(folder, "--out")
+        held.enter_context(storage.lock(folder / folders.LOCK))
         view.log_to(folder / "search.log")
         folders.clean(folder)
         opening = {"type": "open", "file": str(entry.file)}

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +25,12 @@ from search.errors import EXIT_DAMAGED, EXIT_STORAGE_LOST, EXIT_USAGE, SearchErr
 if TYPE_CHECKING:
     import optuna
 
-# WAL lets readers in while a trial is written; NORMAL loses nothing when a process dies; a minute
-# is longer than any reader holds the file.
-PRAGMAS = {"journal_mode": "wal", "synchronous": 1, "busy_timeout": 60_000}
+    from search.patience import PatientStorage
+
+# WAL lets readers in while a trial is written; NORMAL loses nothing when a process dies. SQLite
+# itself waits for a second only, since a signal is not heard meanwhile: patience.py goes on.
+_BUSY = 1.0  # seconds
+PRAGMAS = {"journal_mode": "wal", "synchronous": 1, "busy_timeout": round(1000 * _BUSY)}
 _PREFIX = "sqlite:///"
 
 
@@ -36,10 +41,12 @@ def database_path(url: str) -> Path:
         SearchError: for any other URL; it names the scheme only, since a URL may hold a password.
     """
     named = url.removeprefix(_PREFIX)
+    before, found, _ = url.partition("://")
+    scheme = f"a {before[:20]!r}" if found else "another"
     if named == url or named in ("", ":memory:") or set(named) & set("?%#{}"):
         raise SearchError(
-            "the study is kept in sqlite:///FILE for now, a path without ? % # { }. Received: a "
-            f"{url.split(':', 1)[0][:20]!r} address. Write for example "
+            "the study is kept in sqlite:///FILE for now, a path without ? % # { }. Received: "
+            f"{scheme} address. Write for example "
             "--storage sqlite:///runs/cnn/study.db, or another --out",
             exit_code=EXIT_USAGE,
         )
@@ -94,17 +101,30 @@ def lock(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def open_study(url: str, name: str) -> optuna.Study:
-    """The study, made if it is not there yet. The caller holds the lock and is its one writer."""
+def open_study(
+    url: str,
+    name: str,
+    *,
+    wait: Callable[[float], None] = time.sleep,
+    patience: float | None = None,
+) -> optuna.Study:
+    """The study, made if it is not there yet. The caller holds the lock and is its one writer.
+
+    Args:
+        wait: for so many seconds until a storage that fails is tried again; may raise.
+        patience: seconds, until it is lost; None for the usual.
+    """
     import optuna
+
+    from search.patience import patiently
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the log says what is new
     path = database_path(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_file(path)
     if not path.exists():
-        _create(path)
-    storage = _storage(url)
+        patiently(lambda _: _create(path), path, wait=wait)
+    storage = _storage(url, wait, patience)
     return optuna.create_study(
         study_name=name, storage=storage, direction="maximize", load_if_exists=True
     )
@@ -118,9 +138,12 @@ def read_study(url: str, name: str) -> optuna.Study | None:
     if not path.exists():
         return None
     _check_file(path)
+    from search.patience import PatientStorage
+
     read_only = f"{_PREFIX}file:{quote(str(path.resolve()))}?mode=ro&uri=true"
+    arguments = {"connect_args": {"timeout": _BUSY}}
     try:
-        storage = optuna.storages.RDBStorage(read_only, skip_table_creation=True)
+        storage = PatientStorage(path, read_only, skip_table_creation=True, engine_kwargs=arguments)
         return optuna.load_study(study_name=name, storage=storage)
     except KeyError:
         return None
@@ -134,19 +157,13 @@ def read_study(url: str, name: str) -> optuna.Study | None:
 def drop_reports_after(study: optuna.Study, trial_id: int, step: int) -> None:
     """Delete a running trial's reports after `step`, which a lost attempt left behind.
 
-    Optuna has no call for it: an attempt that began again and ended sooner would otherwise be
-    credited with the tail of the lost one.
+    An attempt that began again and ended sooner would otherwise be credited with the tail of the
+    lost one.
     """
-    from sqlalchemy import text
-
-    with _rdb(study).engine.begin() as connection:
-        connection.execute(
-            text("DELETE FROM trial_intermediate_values WHERE trial_id = :id AND step > :step"),
-            {"id": trial_id, "step": step},
-        )
+    _rdb(study).drop_reports_after(trial_id, step)
 
 
-def _rdb(study: optuna.Study) -> optuna.storages.RDBStorage:
+def _rdb(study: optuna.Study) -> PatientStorage:
     """The database behind Optuna's cache, which keeps only finished trials."""
     return study._storage._backend  # type: ignore[attr-defined]
 
@@ -167,22 +184,43 @@ def failures_named(url: str) -> Iterator[None]:
     import optuna
     import sqlalchemy
 
+    from search.patience import cause_of, code_of
+
+    path = database_path(url)
     try:
         yield
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-        cause = error.__cause__ or error
+        if code_of(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise _damaged(path, str(cause_of(error))) from error
+        needed = f" ({_needed(path)})" if code_of(error) == sqlite3.SQLITE_FULL else ""
         raise SearchError(
-            f"the study {database_path(url)} can't be written: {getattr(cause, 'orig', cause)}; "
-            "free space or check permissions, then type the same command",
+            f"the study {path} can't be written: {cause_of(error)}{needed}; free space or check "
+            "permissions, then type the same command",
             exit_code=EXIT_STORAGE_LOST,
         ) from error
 
 
-def _storage(url: str) -> optuna.storages.RDBStorage:
-    import optuna
+def _needed(path: Path) -> str:
+    """What writing the study takes: as much as it has, while SQLite moves its log into it."""
+    parts = [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))]
+    size = sum(part.stat().st_size for part in parts if part.exists())
+    return f"it needs {size} bytes, {shutil.disk_usage(path.parent).free} are free"
+
+
+def _storage(
+    url: str, wait: Callable[[float], None], patience: float | None
+) -> optuna.storages.RDBStorage:
     from sqlalchemy import event
 
-    storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+    from search.patience import PATIENCE, PatientStorage
+
+    storage = PatientStorage(
+        database_path(url),
+        url,
+        patience=PATIENCE if patience is None else patience,
+        wait=wait,
+        engine_kwargs={"connect_args": {"timeout": _BUSY}},
+    )
 
     def set_pragmas(connection: sqlite3.Connection, _record: Any) -> None:
         for name, value in PRAGMAS.items():
@@ -197,11 +235,15 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
 def _check_file(path: Path) -> None:
     """Raises SearchError if there is a file that is no sound database: never a silent new one."""
     if problem := problem_of(path):
-        raise SearchError(
-            f"the study file {path} is damaged ({problem}); `fmnist-search repair` with the same "
-            "--study and --out puts the newest snapshot back; or move it away to begin anew",
-            exit_code=EXIT_DAMAGED,
-        )
+        raise _damaged(path, problem)
+
+
+def _damaged(path: Path, problem: str) -> SearchError:
+    return SearchError(
+        f"the study file {path} is damaged ({problem}); `fmnist-search repair` with the same "
+        "--study and --out puts the newest snapshot back; or move it away to begin anew",
+        exit_code=EXIT_DAMAGED,
+    )
 
 
 def problem_of(path: Path) -> str:
@@ -212,13 +254,22 @@ def problem_of(path: Path) -> str:
 
 
 def _quick_check(path: Path) -> str:
-    try:
-        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as connection:
-            connection.execute(f"PRAGMA busy_timeout={PRAGMAS['busy_timeout']}")
-            (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    except sqlite3.DatabaseError as error:
-        return str(error)
-    return "" if answer == "ok" else str(answer)
+    from search.patience import code_of, patiently
+
+    def check(_: bool) -> str:
+        try:
+            with closing(
+                sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
+            ) as connection:
+                connection.execute(f"PRAGMA busy_timeout={PRAGMAS['busy_timeout']}")
+                (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.DatabaseError as error:
+            if code_of(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise  # somebody writes: that says nothing of what is written
+            return str(error)
+        return "" if answer == "ok" else str(answer)
+
+    return patiently(check, path)
 
 
 def _still_at(path: Path, descriptor: int) -> bool:

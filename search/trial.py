@@ -14,6 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from search import sampling, storage
+from search.pool import OUT_OF_MEMORY
 from search.protocol import SUGGESTIONS, Message
 
 # How often a running trial's last sign of life is stored, in seconds: what a lost coordinator left
@@ -68,6 +69,11 @@ class UnfinishedTrial:
     def attempt(self) -> int:
         """The number of the attempt that runs, from 1."""
         return len(self._attempts)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other trial may run beside it: it has run out of memory before."""
+        return any(attempt.get("reason") == OUT_OF_MEMORY for attempt in self._attempts)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -134,7 +140,7 @@ class UnfinishedTrial:
         step, value = message["step"], message["value"]
         self.last_step = step
         self._speed = message["progress"]
-        self._attempts[-1]["seen"] = time.time()
+        self._attempts[-1]["seen"] = self._now()
         if time.monotonic() - self._seen >= SEEN_EVERY:
             self._seen = time.monotonic()
             self._set("attempts", self._attempts)
@@ -155,11 +161,14 @@ class UnfinishedTrial:
         return None
 
     def lose(self, how: str, max_attempts: int, kind: str = "killed") -> dict[str, Any] | None:
-        """Its worker has died (or was too late: kind timeout); how the trial ends if that was its
-        last attempt, else None."""
+        """Its worker has died (kind timeout: it was too late; out_of_memory: it was killed for it,
+        or said so); how the trial ends if that was its last attempt, else None."""
         first_line, _, last_words = how.partition("\n")
-        self._attempts[-1] |= {"end": time.time(), "reason": kind, "detail": how}
-        if self.num_counted >= max_attempts:
+        was_alone = self.is_alone
+        self._attempts[-1] |= {"end": self._now(), "reason": kind, "detail": how}
+        if kind == OUT_OF_MEMORY and was_alone:
+            return self.end(TrialState.PRUNED, kind=kind, reason=f"its worker {first_line}, alone")
+        if self.num_counted >= max_attempts and kind != OUT_OF_MEMORY:
             if last_words:
                 self._set("stderr", last_words)
             reason = f"its worker {first_line}, {self.num_counted} times"
@@ -206,7 +215,7 @@ class UnfinishedTrial:
             "report": report,
             "speed": self._speed,
             "seconds": round(time.monotonic() - self._began, 3),
-            "time": time.time(),
+            "time": self._now(),
         }
         self._set("ending", ending)
         self._tell(ending)
@@ -231,6 +240,10 @@ class UnfinishedTrial:
         self._study.sampler = sampling.sampler("random", 0)
         self._study.tell(self.number, ending["value"], state=state)
         self.told = True
+
+    def _now(self) -> float:
+        """The clock as it was when the attempt began, and the time since: it may have been set."""
+        return self._attempts[-1]["start"] + time.monotonic() - self._began
 
     def _is_behind(self, trial: FrozenTrial, pruner: optuna.pruners.BasePruner) -> bool:
         # A known point is run to its end, so that a search can't end below what was known.

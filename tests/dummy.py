@@ -48,9 +48,26 @@ def objective(trial):
     return "none" if fault == "string" else value
 
 
+def is_crowded():
+    """Whether another worker's attempt has begun and not ended, as far as the log says."""
+    last = {}
+    with open(os.environ["DUMMY_LOG"]) as lines:
+        for line in lines:
+            entry = json.loads(line)
+            last[entry["process"]] = entry
+    others = [entry for process, entry in last.items() if process != os.getpid()]
+    return any(entry["event"] in ("begin", "params", "report") for entry in others)
+
+
 def fail(fault, trial, step):
     while fault == "hang" and trial.number == 2 and step == 2:
         pass
+    if fault == "memory" and trial.number == 2 and step == 2:
+        hog = []
+        while True:  # until the kernel ends it: only in a cgroup with a limit
+            hog.append(bytearray(b"x") * 2**24)
+    if fault == "memory-error" and trial.number in (2, 3) and step == 2 and is_crowded():
+        raise MemoryError("the dummy's own limit")
     if fault == "raise":
         raise RuntimeError("the dummy's own error")
     dies = {

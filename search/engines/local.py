@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from search import folders
 from search.devices import Device
 from search.protocol import Channel
 
@@ -86,5 +87,6 @@ class LocalEngine:
                 stderr=log,
                 # Out of the terminal's reach: Ctrl-C is the coordinator's to answer.
                 start_new_session=True,
+                umask=folders.PRIVATE,
             )
             return LocalWorker(Channel(ours), process, path, log.tell())

@@ -109,6 +109,7 @@ def test_an_error_leaves_the_old_file(tmp_path, raised, seen):
     assert names(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.fault("A1")
 @pytest.mark.parametrize(
     ("num_steps", "point", "content"),
     [(0, "begun", b"old"), (1, "written", b"old"), (2, "written", b"old"),
@@ -139,6 +140,7 @@ def test_only_the_folder_s_own_partial_files_are_removed(tmp_path):
     assert names(tmp_path / "other") == [".download.partial"]
 
 
+@pytest.mark.fault("S4")
 def test_a_full_disk_is_one_line_with_path_and_bytes(tmp_path):
     final = tmp_path / "a.txt"
     final.write_text("old")
@@ -155,6 +157,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         artifacts.write_text(tmp_path / "file" / "new" / "a.txt", "text")
 
 
+@pytest.mark.fault("X2")
 @pytest.mark.parametrize("link", ["a.txt", "folder", "dangling"])
 def test_nothing_is_written_through_a_symlink(tmp_path, link):
     outside, run = tmp_path / "outside", tmp_path / "run"

@@ -87,6 +87,7 @@ def test_an_unknown_name_lists_the_known_and_the_nearest(name, hint):
     assert caught.value.exit_code == EXIT_USAGE
 
 
+@pytest.mark.fault("X1")
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
@@ -148,6 +149,7 @@ def test_a_file_without_a_name_that_is_written_out_is_refused(write, content):
         catalogue.find(str(path))
 
 
+@pytest.mark.fault("X1")
 @pytest.mark.parametrize(
     ("name", "shown"),
     [("../../etc", "'../../etc'"), ("", "''"), ("\x1b[2J", r"'\x1b[2J'"), (".x", "'.x'")],

@@ -131,6 +131,7 @@ def test_a_checkpoint_of_another_training_is_not_taken(tmp_path):
     assert Checkpoints(tmp_path / "other.npz", {"training": "a"}).reports == 0
 
 
+@pytest.mark.fault("A2")
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
 def test_a_damaged_checkpoint_is_begun_again(tmp_path, caplog, damage):
     path = tmp_path / "c.npz"
@@ -146,6 +147,7 @@ def test_a_damaged_checkpoint_is_begun_again(tmp_path, caplog, damage):
     assert "is damaged" in caplog.text
 
 
+@pytest.mark.fault("S4")
 def test_a_full_disk_costs_the_checkpoint_alone(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     history, _, _ = train(path=tmp_path / "file" / "c.npz")

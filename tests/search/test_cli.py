@@ -94,6 +94,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, arguments, code, wor
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "file"]
 
 
+@pytest.mark.fault("S6")
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     # Root may write anywhere on a disk, but not into a kernel's file system.
     done = run(*QUICK, "--study", "quickstart", "--out", "/proc/run")
@@ -120,6 +121,7 @@ def test_a_study_that_raises_shows_its_own_traceback(tmp_path, source, words):
     assert "search/worker.py" not in done.stderr
 
 
+@pytest.mark.fault("S6")
 @pytest.mark.parametrize("name", ["search.log", "logs"])
 def test_something_else_in_the_place_of_a_log_is_refused(tmp_path, name):
     (tmp_path / name).mkdir() if name == "search.log" else (tmp_path / name).touch()

@@ -238,6 +238,57 @@ def test_an_infeasible_trial_is_pruned_with_constraint_and_reason(search, trials
     assert trial.user_attrs["attempts"][0]["reason"] == kind
 
 
+@pytest.mark.fault("N3")
+@pytest.mark.parametrize("fits_alone", [True, False])
+def test_a_trial_out_of_memory_runs_once_more_alone(search, trials, fits_alone):
+    running = set()
+
+    def script(number, attempt):
+        running.add(number)
+        yield suggest("x")
+        for step in range(1, 6):
+            if number == 1 and attempt == 2:
+                assert running == {1}
+            yield report(0.5, step)
+            if number == 1 and step == 3 and not (attempt == 2 and fits_alone):
+                running.remove(number)
+                yield finished("out_of_memory", reason="no memory")
+        running.remove(number)
+        yield finished(value=0.5)
+
+    given = search(script, trials=6, num_slots=3).given
+    assert [attempt for number, attempt, _ in given if number == 1] == [1, 2]
+    expected = ["COMPLETE"] * 6
+    expected[1] = "COMPLETE" if fits_alone else "PRUNED"
+    assert states(trials()) == expected
+    reasons = [attempt["reason"] for attempt in trials()[1].user_attrs["attempts"]]
+    assert reasons == ["out_of_memory", "complete" if fits_alone else "out_of_memory"]
+
+
+def test_a_trial_killed_for_memory_after_a_crash_is_still_alone(search, trials):
+    running = set()
+
+    def script(number, attempt):
+        running.add(number)
+        yield suggest("x")
+        yield report(0.5, 1)
+        if number == 1 and attempt == 1:
+            yield finished("out_of_memory", reason="no memory")
+        if number == 0 and attempt == 1:
+            yield report(0.5, 2)
+            yield CRASH
+        if number == 1:
+            assert running == {1}
+        running.discard(number)
+        yield finished(value=0.5)
+
+    with pytest.raises(Interrupted):
+        search(script, trials=4, num_slots=2)
+    running.clear()
+    search(script, trials=4, num_slots=2)
+    assert states(trials()) == ["COMPLETE"] * 4
+
+
 def test_tpe_stays_away_from_what_diverged(search, trials):
     """What diverged late, with high reports before, is worse than anything that did not."""
 
@@ -336,6 +387,7 @@ def test_a_known_point_waits_until_its_turn(search, trials):
     assert waiting == [0, 0, 0, 0]
 
 
+@pytest.mark.fault("K3")
 @pytest.mark.parametrize("num_words", [1, 2, 4])
 def test_each_known_point_is_tried_once_whatever_dies(search, trials, num_words):
     def dying(number, attempt):
@@ -561,6 +613,7 @@ class Mortal:
         return count
 
 
+@pytest.mark.fault("K3")
 @pytest.mark.parametrize(
     ("last", "state"),
     [

@@ -126,6 +126,7 @@ def test_all_that_it_asks_for_works_on_a_study_that_cannot_be_written(served, fo
     assert content(folder) == before
 
 
+@pytest.mark.fault("X5")
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -149,6 +150,7 @@ def test_nothing_but_looking_is_allowed(served, folder, method, path):
     assert content(folder) == before
 
 
+@pytest.mark.fault("X5")
 @pytest.mark.parametrize(
     ("host", "status"),
     [
@@ -170,6 +172,7 @@ def test_only_this_machines_names_are_answered(served, host, status):
     assert ask(served + "/api/meta", headers={"Host": host.format(port=port)})[0] == status
 
 
+@pytest.mark.fault("X5")
 def test_without_a_host_nothing_is_answered(served):
     connection = http.client.HTTPConnection(served.removeprefix("http://"), timeout=20)
     connection.putrequest("GET", "/api/studies", skip_host=True)

@@ -188,6 +188,7 @@ def test_an_unknown_name_lists_the_known(name, hint):
     assert str(caught.value) == f"{start} {hint}".strip()
 
 
+@pytest.mark.fault("D3")
 def test_cached_files_need_no_network(folder):
     put(folder)
     assert datasets.ensure("tiny") == CONTENT_HASH
@@ -200,6 +201,7 @@ def test_an_empty_cache_is_filled(folder, server):
     assert names(folder) == sorted(FILES)
 
 
+@pytest.mark.fault("D1")
 @pytest.mark.parametrize(
     "content",
     [
@@ -218,6 +220,7 @@ def test_a_wrong_file_is_fetched_again(folder, server, content):
     assert (folder / "train-labels.gz").read_bytes() == FILES["train-labels.gz"]
 
 
+@pytest.mark.fault("D1")
 @pytest.mark.parametrize(("num_wrong", "is_mended"), [(1, True), (2, False)])
 def test_a_wrong_download_is_fetched_again_once(folder, server, num_wrong, is_mended):
     put(folder)
@@ -232,6 +235,7 @@ def test_a_wrong_download_is_fetched_again_once(folder, server, num_wrong, is_me
     assert names(folder) == sorted(FILES if is_mended else set(FILES) - {"train-labels.gz"})
 
 
+@pytest.mark.fault("D3")
 def test_without_network_one_line_says_what_to_do(folder):
     put(folder)
     (folder / "train-labels.gz").unlink()
@@ -248,6 +252,7 @@ def test_without_network_one_line_says_what_to_do(folder):
     assert caught.value.exit_code == EXIT_USER_ERROR
 
 
+@pytest.mark.fault("D2")
 def test_eight_first_runs_fetch_each_file_once(folder, server):
     folder.rmdir()
     runs = [start_ensure(server.url) for _ in range(8)]
@@ -256,6 +261,7 @@ def test_eight_first_runs_fetch_each_file_once(folder, server):
     assert names(folder) == sorted(FILES)
 
 
+@pytest.mark.fault("D2")
 def test_a_killed_download_leaves_no_partial_file(folder, server):
     server.stuck = 1
     with start_ensure(server.url) as run:
@@ -266,6 +272,7 @@ def test_a_killed_download_leaves_no_partial_file(folder, server):
     assert names(folder) == sorted(FILES)
 
 
+@pytest.mark.fault("S6")
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_read_only_cache(monkeypatch, damaged):
     # Not tmp_path, into which pytest lets only the owner; root may write everywhere, nobody not.
@@ -306,6 +313,7 @@ def test_test_data_are_the_other_files(folder):
     np.testing.assert_array_equal(y, LABELS[:2])
 
 
+@pytest.mark.fault("D1")
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

@@ -6,54 +6,12 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from search import storage
-from tests import dummy, invariants
-
-ROOT = Path(__file__).parents[2]
-
-
-class Command:
-    """The command line on the dummy study, in a folder of its own."""
-
-    def __init__(self, folder: Path, **environment: str):
-        self.folder = folder / "run"
-        self.log = folder / "dummy.log"
-        self._environment = {**os.environ, "DUMMY_LOG": str(self.log), **environment}
-
-    def start(self, *arguments: str, program: tuple[str, ...] = ("search",)):
-        return subprocess.Popen(
-            [sys.executable, "-m", *program, "--study", str(Path(dummy.__file__)),
-             "--out", str(self.folder), *arguments],
-            cwd=ROOT, env=self._environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-    def run(self, *arguments: str) -> tuple[int, str]:
-        process = self.start(*arguments)
-        output, _ = process.communicate(timeout=120)
-        return process.returncode, output
-
-    def study(self):
-        return storage.read_study(f"sqlite:///{self.folder}/study.db", "dummy")
-
-    def wait_for_worker(self) -> None:
-        self._wait(lambda: invariants.workers_of(self.folder))
-
-    def wait_for_report(self) -> None:
-        self._wait(lambda: self.log.exists() and '"answer"' in self.log.read_text())
-
-    def _wait(self, condition) -> None:
-        end = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+from tests import invariants
+from tests.command import Command
 
 
 @pytest.fixture
@@ -75,16 +33,13 @@ def test_the_same_command_again_adds_nothing(command):
     assert "4 of 4 trials finished" in output
 
 
-@pytest.mark.slow
-def test_k1_and_k2_thirty_workers_and_three_coordinators_killed(tmp_path):
-    command = Command(tmp_path, DUMMY_SLEEP="0.2")
+def kill_at_random(command, arguments, num_kills, kills_at=()):
+    """SIGKILLs workers at random, and the coordinator after so many of them; seconds it took."""
     rng = random.Random(1)
-    arguments = ("--trials", "60", "--workers", "4", "--max-attempts", "50")
-    kills_at = {8, 16, 24}  # worker kills after which the coordinator dies as well
-    kills = 0
+    began, kills = time.monotonic(), 0
     process = command.start(*arguments)
-    while kills < 30:
-        time.sleep(rng.uniform(0.05, 0.2))
+    while kills < num_kills:
+        time.sleep(rng.uniform(0.05, 0.4))
         assert process.poll() is None, f"finished after {kills} kills: {process.stdout.read()}"
         if not (workers := invariants.workers_of(command.folder)):
             continue
@@ -96,12 +51,48 @@ def test_k1_and_k2_thirty_workers_and_three_coordinators_killed(tmp_path):
             invariants.wait_until_no_worker(command.folder, 2)
             process = command.start(*arguments)
             command.wait_for_worker()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    invariants.check(command.folder, command.log, 60)
+    return time.monotonic() - began
+
+
+def check_killed(command, num_trials, *arguments, num_kills, kills_at=()):
+    arguments = ("--trials", str(num_trials), "--workers", "4", "--max-attempts", "50", *arguments)
+    seconds = kill_at_random(command, arguments, num_kills, kills_at)
+    invariants.check(command.folder, command.log, num_trials)
     assert not any(trial.state.name == "FAIL" for trial in command.study().trials)
+    return seconds
 
 
+@pytest.mark.fault("K1", "K2")
+@pytest.mark.slow
+def test_k1_and_k2_thirty_workers_and_three_coordinators_killed(tmp_path):
+    command = Command(tmp_path, DUMMY_SLEEP="0.2")
+    check_killed(command, 60, num_kills=30, kills_at={8, 16, 24})
+
+
+@pytest.mark.longest
+@pytest.mark.parametrize(
+    "kills_at",
+    [
+        pytest.param((), marks=pytest.mark.fault("K1"), id="k1"),
+        pytest.param((17, 34, 51, 68, 85), marks=pytest.mark.fault("K2"), id="k2"),
+    ],
+)
+def test_200_trials_end_whoever_is_killed_100_times(tmp_path, kills_at):
+    (tmp_path / "alone").mkdir()
+    alone = Command(tmp_path / "alone", DUMMY_SLEEP="0.7")
+    began = time.monotonic()
+    code, output = alone.run("--trials", "200", "--workers", "4", "--pruner", "none")
+    undisturbed = time.monotonic() - began
+    assert code == 0, output
+    command = Command(tmp_path, DUMMY_SLEEP="0.7")
+    seconds = check_killed(command, 200, "--pruner", "none", num_kills=100, kills_at=kills_at)
+    print(f"undisturbed {undisturbed:.0f} s, killed {seconds:.0f} s")
+    assert seconds < 2 * undisturbed
+
+
+@pytest.mark.fault("K3")
 def test_a_retry_replaces_reports_and_is_not_pruned_where_it_had_passed(tmp_path):
     command = Command(tmp_path, DUMMY_FAULT="die-once")
     code, output = command.run("--trials", "16", "--workers", "2")
@@ -131,11 +122,13 @@ def check_killed_after_write(folder, number):
     return True
 
 
+@pytest.mark.fault("K3")
 @pytest.mark.parametrize("number", [2, 18])
 def test_k3_a_kill_after_a_write_loses_nothing(tmp_path, number):
     assert check_killed_after_write(tmp_path / "k3", number)
 
 
+@pytest.mark.fault("K3")
 @pytest.mark.slow
 def test_k3_a_kill_after_any_write_loses_nothing(tmp_path):
     number = 1
@@ -144,6 +137,7 @@ def test_k3_a_kill_after_any_write_loses_nothing(tmp_path):
     assert number > 36
 
 
+@pytest.mark.fault("K4")
 def test_k4_a_trial_that_always_kills_its_worker(tmp_path):
     command = Command(tmp_path, DUMMY_FAULT="die-always", DUMMY_SLEEP="0.02")
     code, output = command.run("--trials", "6", "--pruner", "none", "--max-attempts", "3")
@@ -156,6 +150,7 @@ def test_k4_a_trial_that_always_kills_its_worker(tmp_path):
     assert "last words" in failed[0].user_attrs["stderr"]
 
 
+@pytest.mark.fault("K5")
 def test_k5_a_stopped_worker_is_replaced_and_its_trial_runs_again(command):
     process = command.start("--trials", "8", "--workers", "2", "--silence", "1s")
     command.wait_for_report()
@@ -170,6 +165,7 @@ def test_k5_a_stopped_worker_is_replaced_and_its_trial_runs_again(command):
     assert sum(attempt["reason"] == "timeout" for attempt in attempts) == 1
 
 
+@pytest.mark.fault("K6")
 def test_k6_an_endless_loop_is_ended_and_the_others_go_on(tmp_path):
     command = Command(tmp_path, DUMMY_FAULT="hang", DUMMY_SLEEP="0.02")
     code, output = command.run(
@@ -187,6 +183,7 @@ def test_k6_an_endless_loop_is_ended_and_the_others_go_on(tmp_path):
         assert attempt["reason"] == "timeout"
 
 
+@pytest.mark.fault("K7")
 def test_k7_a_second_signal_ends_it_at_once(command):
     process = command.start("--trials", "12", "--workers", "2")
     command.wait_for_report()
@@ -200,6 +197,7 @@ def test_k7_a_second_signal_ends_it_at_once(command):
     invariants.check(command.folder, command.log, 12)
 
 
+@pytest.mark.fault("K7")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
@@ -215,6 +213,7 @@ def test_k7_a_signal_leaves_everything_resumable(command, number, code):
     invariants.check(command.folder, command.log, 12)
 
 
+@pytest.mark.fault("K8")
 @pytest.mark.slow
 def test_k8_a_second_coordinator_is_refused(command):
     process = command.start("--trials", "30", "--workers", "1")
@@ -226,6 +225,7 @@ def test_k8_a_second_coordinator_is_refused(command):
     invariants.check(command.folder, command.log, 30)
 
 
+@pytest.mark.fault("K9")
 def test_k9_eight_processes_create_the_same_study_at_once(command):
     processes = [command.start("--trials", "2", "--workers", "1") for _ in range(8)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
@@ -235,6 +235,7 @@ def test_k9_eight_processes_create_the_same_study_at_once(command):
     invariants.check(command.folder, command.log, 2)
 
 
+@pytest.mark.fault("K10")
 def test_k10_the_whole_foreground_group_is_killed(command):
     process = command.start("--trials", "12", "--workers", "2")
     command.wait_for_report()
@@ -245,6 +246,7 @@ def test_k10_the_whole_foreground_group_is_killed(command):
     invariants.check(command.folder, command.log, 12)
 
 
+@pytest.mark.fault("N1")
 def test_n1_a_value_that_is_not_finite_is_pruned_and_never_the_best(tmp_path):
     command = Command(tmp_path, DUMMY_FAULT="nan", DUMMY_SLEEP="0.01")
     assert command.run("--trials", "6", "--pruner", "none")[0] == 0
@@ -255,6 +257,7 @@ def test_n1_a_value_that_is_not_finite_is_pruned_and_never_the_best(tmp_path):
     assert all(trial.constraints == {"diverged": 1.0} for trial in diverged)
 
 
+@pytest.mark.fault("N2")
 @pytest.mark.parametrize(
     ("fault", "message"),
     [("raise", "the dummy's own error"), ("string", "The objective returns a number")],
@@ -269,6 +272,7 @@ def test_first_trials_that_all_fail_alike_stop_the_study(tmp_path, fault, messag
     assert sum(trial.state.name == "FAIL" for trial in command.study().trials) >= 3
 
 
+@pytest.mark.fault("A4")
 @pytest.mark.slow
 def test_a4_the_same_seed_gives_the_same_points_interrupted_or_not(tmp_path):
     arguments = ("--trials", "10", "--workers", "1", "--sampler", "random", "--seed", "5")
@@ -289,6 +293,7 @@ def test_a4_the_same_seed_gives_the_same_points_interrupted_or_not(tmp_path):
     assert points[0] == points[1]
 
 
+@pytest.mark.fault("S8")
 def test_s8_another_seed_under_the_same_study_is_refused(command):
     command.run("--trials", "2", "--seed", "1")
     before = (command.folder / "study.db").read_bytes()

@@ -224,6 +224,7 @@ def test_test_pixels_are_not_needed_to_train(save):
     assert "x_test is complete. Received: Bad CRC-32" in refusal(path, "test")
 
 
+@pytest.mark.fault("X3")
 def test_nothing_is_unpickled(tmp_path, save):
     class Trap:
         def __reduce__(self):

@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from search import artifacts, datasets, image_folder, storage
+from tests import invariants
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -54,6 +55,41 @@ def run_folder(tmp_path_factory):
         process.communicate()
     finish(folder, *SMALL)
     return folder
+
+
+@pytest.mark.fault("A3")
+def test_a3_a_winner_s_training_killed_three_times_goes_on(tmp_path):
+    """Twice its coordinator, once its worker; the test set is measured once for each winner."""
+    folder = tmp_path / "run"
+    command = ["--study", "quickstart", "--trials", "2", "--epochs", "2", "--seeds", "2"]
+    command += ["--final-epochs", "20"]
+    finish(folder, *command, "--no-retrain")
+    for whom in ("coordinator", "worker", "coordinator"):
+        process = start(folder, *command)
+        for line in process.stdout:
+            if "training trial-" in line:
+                break
+        end = time.monotonic() + 60
+        while not (workers := invariants.workers_of(folder)) and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(3)
+        if whom == "worker":
+            workers[0].kill()
+            time.sleep(3)
+        process.kill()
+        process.communicate()
+        invariants.wait_until_no_worker(folder, 5)
+    finish(folder, *command)
+    records = [v for k, v in study_of(folder).user_attrs.items() if k.startswith("retrained:")]
+    assert len(records) == 2
+    for record in records:
+        assert artifacts.sha256(folder / record["model"]) == record["model_sha256"]
+        assert artifacts.sha256(folder / record["evaluation"]) == record["evaluation_sha256"]
+    log = (folder / "search.log").read_text()
+    assert log.count("measured on the test set") == 2
+    assert not list((folder / "models").glob(".*"))
+    finish(folder, *command)
+    assert (folder / "search.log").read_text().count("measured on the test set") == 2
 
 
 def study_of(folder):
@@ -193,6 +229,7 @@ def get(url: str) -> dict:
     raise AssertionError(f"{url} does not answer")
 
 
+@pytest.mark.fault("S8")
 def test_another_space_or_epochs_is_refused_with_what_differs(run_folder, tmp_path):
     before = (run_folder / "study.db").read_bytes()
     process = start(run_folder, "--study", "quickstart", "--trials", "5", "--epochs", "3")
@@ -303,6 +340,7 @@ def test_a_file_that_is_no_image_is_one_line(run_folder, tmp_path, content, rule
     assert "Traceback" not in output
 
 
+@pytest.mark.fault("A2")
 def test_a_changed_model_is_noticed_and_made_again(run_folder):
     model = run_folder / "models" / sorted(os.listdir(run_folder / "models"))[0]
     before = artifacts.sha256(model)

@@ -383,6 +383,7 @@ def test_without_room_for_activations_a_trial_reads_images(tmp_path, caplog):
     assert "Fix: --cache-size" in caplog.text
 
 
+@pytest.mark.fault("N4")
 @pytest.mark.parametrize(
     ("limits", "reason"),
     [
@@ -402,6 +403,7 @@ def test_limits_that_a_point_keeps_are_no_matter():
     assert tasks(max_parameters=650, max_flops=1_418).trial(Trial(), MESSAGE)["value"] > 0
 
 
+@pytest.mark.fault("N4")
 def test_a_step_that_does_not_fit_into_memory_is_not_tried():
     class Wide(Small):
         def build(self, hp):

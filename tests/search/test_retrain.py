@@ -164,6 +164,7 @@ def test_another_length_is_trained_and_measured_again(study, tmp_path):
     assert [content["task"] for _, _, content in pool.given] == ["retrain", "evaluate"]
 
 
+@pytest.mark.fault("A2")
 def test_a_deleted_prediction_is_measured_again_without_training(study, tmp_path):
     retrain(study, tmp_path, pool_of(tmp_path), seeds=1)
     next((tmp_path / "evaluation").iterdir()).unlink()

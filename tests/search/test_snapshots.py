@@ -50,6 +50,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_s5_the_newest_sound_snapshot_is_put_back(database, damage):
     url = f"sqlite:///{database}"
@@ -119,6 +120,7 @@ def test_a_snapshot_that_cannot_be_written_is_a_warning(database, caplog):
     assert "no snapshot of the study" in caplog.text
 
 
+@pytest.mark.fault("S5")
 def test_the_command_says_what_it_has_done(database):
     (database.parent / "mine.py").write_text(
         "from studies.study import Study\nstudy = Study(name='mine', objective=lambda trial: 1.0)\n"

@@ -69,7 +69,7 @@ def with_trials(url, num_trials, name="mine"):
 
 
 @pytest.mark.parametrize(
-    ("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 1), ("busy_timeout", 60_000)]
+    ("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 1), ("busy_timeout", 1_000)]
 )
 def test_settings_reach_every_connection(url, pragma, value):
     engine = storage.open_study(url, "mine")._storage._backend.engine
@@ -92,6 +92,7 @@ def test_folders_are_made_for_a_new_study(tmp_path):
     assert (tmp_path / "a" / "b" / "study.db").is_file()
 
 
+@pytest.mark.fault("X4")
 @pytest.mark.parametrize(
     "url",
     [
@@ -129,6 +130,7 @@ def test_runs_that_share_a_database_lock_their_own_study(tmp_path, url):
         assert all(path.exists() for path in paths)
 
 
+@pytest.mark.fault("K8")
 def test_a_second_process_is_refused_and_told_who_holds_the_lock(tmp_path, hold):
     path = tmp_path / "run" / ".lock"
     holder = hold(path)
@@ -207,6 +209,7 @@ def damaged(kind, whole):
     }[kind]
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize("kind", ["empty", "garbage", "short", "zeros", "head", "page"])
 @pytest.mark.parametrize("open_", [storage.open_study, storage.read_study])
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, whole, kind, open_):
@@ -241,6 +244,7 @@ def test_the_command_line_says_so_in_one_line(tmp_path):
     assert shown.stderr.count("\n") == 1
 
 
+@pytest.mark.fault("S5")
 def test_a_study_that_is_read_cannot_be_written(tmp_path, url):
     with_trials(url, 2)
     before = (tmp_path / "study.db").read_bytes()

@@ -1,0 +1,205 @@
+"""A storage that may fail for minutes: each call is tried again until it is answered.
+
+    storage = PatientStorage(url, engine_kwargs=...)  # an Optuna storage like any other
+
+Workers go on training meanwhile, until their next report. A try whose answer was lost may have been
+done: the calls that can't simply be made twice find out.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import optuna
+import sqlalchemy
+from optuna.storages._rdb import models
+from optuna.trial import TrialState
+
+from search.errors import EXIT_STORAGE_LOST, SearchError
+
+logger = logging.getLogger("search")
+
+PATIENCE = 300.0  # seconds without an answer, after which the storage is lost
+_FIRST_WAIT, _LONGEST_WAIT = 0.05, 5.0  # seconds between two tries
+_SILENT = 2.0  # seconds, before it is said that the storage does not answer
+# What passes: another process holds the file, a network's disk is away. A full disk or a damaged
+# file does not pass by itself.
+_PASSING = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_PROTOCOL,
+}
+_Answer = TypeVar("_Answer")
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The database's own error, below those of Optuna and SQLAlchemy."""
+    if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__:
+        error = error.__cause__
+    return getattr(error, "orig", None) or error
+
+
+def code_of(error: BaseException) -> int:
+    """SQLite's primary result code; 0 for what is not SQLite's."""
+    return (getattr(cause_of(error), "sqlite_errorcode", None) or 0) & 0xFF
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the same call may succeed later."""
+    cause = cause_of(error)
+    if isinstance(cause, sqlite3.Error):
+        return code_of(error) in _PASSING
+    below = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+    return isinstance(below, sqlalchemy.exc.OperationalError | sqlalchemy.exc.InterfaceError)
+
+
+def patiently(
+    call: Callable[[bool], _Answer],
+    where: object,
+    *,
+    patience: float = PATIENCE,
+    wait: Callable[[float], None] = time.sleep,
+) -> _Answer:
+    """The answer to a call to the storage, tried again while its failures may pass.
+
+    Args:
+        call: takes whether it is tried again.
+        where: the storage, for messages.
+        patience: seconds.
+        wait: for so many seconds; may raise, to end it all.
+
+    Raises:
+        SearchError: when patience is at its end; exit code 3.
+    """
+    began, pause, again, said = time.monotonic(), _FIRST_WAIT, False, False
+    while True:
+        try:
+            answer = call(again)
+        except (
+            optuna.exceptions.StorageInternalError,
+            sqlalchemy.exc.SQLAlchemyError,
+            sqlite3.Error,
+        ) as error:
+            if not passes(error):
+                raise
+            waited = time.monotonic() - began
+            if waited >= patience:
+                raise SearchError(
+                    f"the study {where} has not answered for {waited:.0f} s ({cause_of(error)}); "
+                    "what was stored before is safe. See who holds it, then type the same command",
+                    exit_code=EXIT_STORAGE_LOST,
+                ) from error
+            if waited >= _SILENT and not said:
+                said = True
+                logger.warning(
+                    "the study %s does not answer (%s): tried again for %.0f s",
+                    where,
+                    cause_of(error),
+                    patience,
+                )
+            wait(pause)
+            pause, again = min(2 * pause, _LONGEST_WAIT), True
+        else:
+            if said:
+                logger.info("the study answers again, after %.0f s", time.monotonic() - began)
+            return answer
+
+
+class PatientStorage(optuna.storages.RDBStorage):
+    """Optuna's storage, each of whose calls is tried again; opening it is, too.
+
+    Args:
+        where: what messages call it.
+        patience: seconds.
+        wait: as of `patiently`.
+        arguments: of `RDBStorage`.
+    """
+
+    def __init__(
+        self,
+        where: object,
+        *arguments: Any,
+        patience: float = PATIENCE,
+        wait: Callable[[float], None] = time.sleep,
+        **named: Any,
+    ):
+        self._patiently = functools.partial(patiently, where=where, patience=patience, wait=wait)
+        self._num_before: int | None = None  # trials, before one that is being made
+        self._patiently(lambda _: super(PatientStorage, self).__init__(*arguments, **named))
+
+    def _create_new_trial(self, study_id: int, template_trial: Any = None) -> Any:
+        self._num_before = None
+        make = super()._create_new_trial  # tries again itself, some times
+        return self._patiently(lambda _: make(study_id, template_trial))
+
+    def _get_prepared_new_trial(self, study_id: int, template_trial: Any, session: Any) -> Any:
+        """The trial that an earlier try has made, if only its answer was lost."""
+        trials = session.query(models.TrialModel).filter_by(study_id=study_id)
+        num_trials = trials.count()
+        if self._num_before is None:
+            self._num_before = num_trials
+        if num_trials > self._num_before:  # nobody else writes to this study
+            return trials.order_by(models.TrialModel.trial_id.desc()).first()
+        return super()._get_prepared_new_trial(study_id, template_trial, session)
+
+    def _set_trial_param(self, trial_id: int, name: str, *arguments: Any) -> None:
+        store = super()._set_trial_param
+
+        def once(again: bool) -> None:
+            try:
+                store(trial_id, name, *arguments)
+            except sqlalchemy.exc.IntegrityError:
+                if not again:
+                    raise
+
+        self._patiently(once)
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        store, look = super().set_trial_state_values, super().get_trial
+
+        def once(again: bool) -> bool:
+            if again and look(trial_id).state == state:
+                return True
+            return store(trial_id, state, values)
+
+        return self._patiently(once)
+
+    def drop_reports_after(self, trial_id: int, step: int) -> None:
+        """Delete a trial's reports after `step`; Optuna has no call for it."""
+        delete = sqlalchemy.text(
+            "DELETE FROM trial_intermediate_values WHERE trial_id = :id AND step > :step"
+        )
+
+        def once(_: bool) -> None:
+            with self.engine.begin() as connection:
+                connection.execute(delete, {"id": trial_id, "step": step})
+
+        self._patiently(once)
+
+
+def _tried_again(name: str) -> Any:
+    plain = getattr(optuna.storages.RDBStorage, name)
+
+    @functools.wraps(plain)
+    def call(self: PatientStorage, *arguments: Any, **named: Any) -> Any:
+        return self._patiently(lambda _: plain(self, *arguments, **named))
+
+    return call
+
+
+# Those that read, and those that may be made twice.
+for _name in (
+    *("create_new_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id"),
+    *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs"),
+    *("set_study_user_attr", "set_study_system_attr"),
+    *("get_trial", "get_trial_id_from_study_id_trial_number"),
+    *("_get_trials", "_get_best_trial_id"),
+    *("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate_value"),
+):
+    setattr(PatientStorage, _name, _tried_again(_name))

@@ -1,0 +1,56 @@
+"""The command line on the dummy study, in a folder of its own: what the fault tests start."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from search import storage
+from tests import dummy, invariants
+
+ROOT = Path(__file__).parents[1]
+
+
+class Command:
+    """The same command, as often as it takes.
+
+    Args:
+        folder: the run goes below it, and the dummy's log.
+        prefix: words before the command, such as a wrapper that sets limits.
+        environment: more of it.
+    """
+
+    def __init__(self, folder: Path, *, prefix: tuple[str, ...] = (), **environment: str):
+        self.folder = folder / "run"
+        self.log = folder / "dummy.log"
+        self._prefix = prefix
+        self._environment = {**os.environ, "DUMMY_LOG": str(self.log), **environment}
+
+    def start(self, *arguments: str, program: tuple[str, ...] = ("search",)):
+        return subprocess.Popen(
+            [*self._prefix, sys.executable, "-m", *program, "--study", str(Path(dummy.__file__)),
+             "--out", str(self.folder), *arguments],
+            cwd=ROOT, env=self._environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *arguments: str, program: tuple[str, ...] = ("search",)) -> tuple[int, str]:
+        process = self.start(*arguments, program=program)
+        output, _ = process.communicate(timeout=600)
+        return process.returncode, output
+
+    def study(self):
+        return storage.read_study(f"sqlite:///{self.folder}/study.db", "dummy")
+
+    def wait_for_worker(self) -> None:
+        self._wait(lambda: invariants.workers_of(self.folder))
+
+    def wait_for_report(self) -> None:
+        self._wait(lambda: self.log.exists() and '"answer"' in self.log.read_text())
+
+    def _wait(self, condition) -> None:
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.02)

@@ -1,0 +1,272 @@
+"""The study's storage fails, is locked, is full: training goes on, and nothing is counted twice."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from sqlite3 import dbapi2
+
+import optuna
+import pytest
+
+from search import patience, storage
+from search.errors import EXIT_STORAGE_LOST, SearchError
+from search.pool import Interrupted
+from tests import failing, invariants
+from tests.command import Command
+
+# Holds a database for itself, also from readers, for so many seconds.
+HOLDER = """
+import sqlite3, sys, time
+connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
+connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+connection.execute("BEGIN EXCLUSIVE")
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/study.db"
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Lets this process's transactions fail."""
+    monkeypatch.setattr(dbapi2, "connect", dbapi2.connect)
+    yield failing.install
+    failing.install("before", only=-1)
+
+
+def trials_of(url, number=5):
+    """What a coordinator does to its storage, trial by trial."""
+    study = storage.open_study(url, "mine")
+    study.sampler = optuna.samplers.RandomSampler(seed=1)
+    for _ in range(number):
+        if len(study.get_trials(deepcopy=False)) == 2:
+            study.enqueue_trial({"x": 0.5, "kind": "a"}, user_attrs={"known_point": 0})
+        trial = study.ask()
+        trial.suggest_float("x", 0.0, 1.0)
+        trial.suggest_categorical("kind", ["a", "b"])
+        for step in (1, 2, 3):
+            study._storage.set_trial_intermediate_value(trial._trial_id, step, step / 4)
+        storage.drop_reports_after(study, trial._trial_id, 2)
+        study._storage.set_trial_user_attr(trial._trial_id, "seconds", trial.number)
+        study.tell(trial.number, trial.params["x"])
+    study._storage.remove_session()
+    study._storage._backend.engine.dispose()
+    read = storage.read_study(url, "mine")
+    found = read.trials
+    read._storage.remove_session()
+    read._storage._backend.engine.dispose()
+    return [
+        (t.number, t.state.name, t.params, t.value, t.intermediate_values, t.user_attrs)
+        for t in found
+    ]
+
+
+def check_each(tmp_path, fail, when, every):
+    """Fail one transaction after the other, each in a study of its own; how many there are."""
+    undisturbed = trials_of(f"sqlite:///{tmp_path}/undisturbed.db")
+    assert [(number, state) for number, state, *_ in undisturbed] == [
+        (number, "COMPLETE") for number in range(5)
+    ]
+    number = 1
+    while True:
+        fail(when, only=number)
+        assert trials_of(f"sqlite:///{tmp_path}/{number}.db") == undisturbed, number
+        if failing.Connection.count < number:
+            return number
+        number += every
+
+
+@pytest.mark.fault("S1")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_s1_a_transaction_that_fails_is_made_once(tmp_path, fail, when):
+    assert check_each(tmp_path, fail, when, every=13) > 60
+
+
+@pytest.mark.fault("S1")
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_s1_each_transaction_that_fails_is_made_once(tmp_path, fail, when):
+    assert check_each(tmp_path, fail, when, every=1) > 60
+
+
+@pytest.mark.fault("S1")
+def test_s1_a_trial_whose_answer_is_lost_is_made_once(url, fail):
+    fail("after", only=-1)  # its connections are the failing ones from the start
+    study = storage.open_study(url, "mine")
+    storage.open_study(url, "another").ask()
+    for number in range(4):
+        fail("after", only=number + 1)
+        study.enqueue_trial({"x": 0.5})
+        assert len(study.trials) == number + 1
+        fail("after", only=number + 1)
+        assert study.ask().number == number
+        assert len(study.trials) == number + 1
+
+
+@pytest.mark.fault("S1")
+def test_s1_one_transaction_in_five_fails_in_a_whole_run(tmp_path):
+    command = Command(tmp_path, DUMMY_SLEEP="0.02")
+    code, output = command.run("--trials", "5", "--workers", "2", program=("tests.failing",))
+    assert code == 0, output
+    invariants.check(command.folder, command.log, 5)
+    for trial in command.study().trials:
+        assert len(trial.user_attrs["attempts"]) == 1
+
+
+def lock(path, seconds):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+def check_locked(command, seconds):
+    """Locked in the middle of a run, while its workers train; nothing is ended for being silent."""
+    process = command.start("--trials", "12", "--workers", "2", "--silence", "2s")
+    command.wait_for_report()
+    path = command.folder / "study.db"
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    holder = lock_while_written(path, seconds)
+    output, _ = process.communicate(timeout=240)
+    holder.join()
+    assert process.returncode == 0, output
+    assert "does not answer (database is locked)" in output
+    assert "answers again" in output
+    invariants.check(command.folder, command.log, 12)
+    attempts = [a for t in command.study().trials for a in t.user_attrs["attempts"]]
+    assert {attempt["reason"] for attempt in attempts} <= {"complete", "pruned"}
+
+
+def lock_while_written(path, seconds):
+    """The write lock of a database in use: in WAL mode its readers go on, its writers wait."""
+
+    def hold():
+        with closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")
+            time.sleep(seconds)
+            connection.rollback()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    return thread
+
+
+@pytest.mark.fault("S3")
+def test_s3_a_file_that_another_process_locks_is_waited_for(tmp_path):
+    check_locked(Command(tmp_path), 5)
+
+
+@pytest.mark.fault("S3")
+@pytest.mark.slow
+def test_s3_a_file_that_is_locked_for_30_seconds_is_waited_for(tmp_path):
+    check_locked(Command(tmp_path), 30)
+
+
+@pytest.mark.fault("S3")
+def test_s3_a_locked_file_is_not_a_damaged_one(tmp_path, url):
+    trials_of(url, 1)
+    holder = lock(tmp_path / "study.db", 3)
+    assert len(storage.read_study(url, "mine").trials) == 1
+    holder.communicate()
+
+
+def test_a_storage_that_stays_silent_is_lost(tmp_path, url):
+    trials_of(url, 1)
+    study = storage.open_study(url, "mine", patience=1.5)
+    with closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(SearchError, match=r"has not answered .*is locked") as lost:
+            study.set_user_attr("key", 1)
+    assert lost.value.exit_code == EXIT_STORAGE_LOST
+    study.set_user_attr("key", 2)
+    assert storage.read_study(url, "mine").user_attrs == {"key": 2}
+
+
+def test_a_signal_ends_the_waiting(tmp_path, url):
+    def wait(seconds):
+        raise Interrupted(2)
+
+    trials_of(url, 1)
+    study = storage.open_study(url, "mine", wait=wait)
+    with closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(Interrupted):
+            study.set_user_attr("key", 1)
+
+
+def test_what_does_not_pass_is_raised_at_once(tmp_path, url):
+    trials_of(url, 1)
+    study = storage.read_study(url, "mine")
+    began = time.monotonic()
+    with pytest.raises(optuna.exceptions.StorageInternalError) as raised:
+        study.set_user_attr("key", 1)
+    assert time.monotonic() - began < 1
+    assert patience.code_of(raised.value) == sqlite3.SQLITE_READONLY
+    assert not patience.passes(raised.value)
+
+
+# A full disk
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system of its own, and what fills it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=230m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk):
+    with (disk / "filler").open("wb", buffering=0) as filler:
+        try:
+            while True:
+                filler.write(bytes(2**16))
+        except OSError:
+            pass
+        try:
+            while True:
+                filler.write(bytes(512))
+        except OSError:
+            return
+
+
+@pytest.mark.fault("S4")
+def test_s4_a_full_disk_at_a_commit_or_a_log_line(disk, tmp_path):
+    command = Command(disk)
+    command.log = tmp_path / "dummy.log"
+    command._environment["DUMMY_LOG"] = str(command.log)
+    arguments = ("--trials", "8", "--workers", "2", "--log", "csv")
+    process = command.start(*arguments)
+    command.wait_for_report()
+    fill(disk)
+    output, _ = process.communicate(timeout=120)
+    last = output.splitlines()[-1]
+    assert process.returncode == EXIT_STORAGE_LOST, output
+    assert "Traceback" not in output
+    assert f"{command.folder}/study.db can't be written" in last
+    assert "it needs" in last
+    assert "bytes" in last
+    code, output = command.run(*arguments)
+    assert code == 1, output
+    assert "MB free, a run needs about" in output
+    (disk / "filler").unlink()
+    code, output = command.run(*arguments)
+    assert code == 0, output
+    (command.folder / "csv").rename(disk / "csv")  # the checker knows no logs
+    invariants.check(command.folder, command.log, 8)
