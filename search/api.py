@@ -34,6 +34,7 @@ _OPTIONS = frozenset(
         *("trials", "epochs", "dataset", "seed", "time_budget", "sampler", "pruner", "storage"),
         *("workers", "precision", "max_attempts", "top", "seeds", "final_epochs", "log"),
         *("weights", "cache_size", "trial_timeout", "silence"),
+        *("engine", "address", "shared", "allow_insecure_ray"),
     )
 )
 
@@ -102,7 +103,8 @@ def run(
         verbosity: -1 for warnings only, 1 for every event.
         options: those of the command line, as plain values: trials, epochs, dataset, workers, seed,
             time_budget (seconds), sampler, pruner, precision, storage, max_attempts, top, seeds,
-            final_epochs, log, weights, cache_size (bytes), trial_timeout and silence (seconds).
+            final_epochs, log, weights, cache_size (bytes), trial_timeout and silence (seconds),
+            engine, address, shared, allow_insecure_ray.
 
     Raises:
         SearchError: for what the user can mend.

@@ -18,7 +18,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from search import folders, notes, pruning, results, sampling
+from search import notes, pruning, results, sampling
 from search.errors import SearchError
 from search.pool import OUT_OF_MEMORY, Event, Pool, Slot
 from search.progress import View
@@ -148,7 +148,7 @@ class Coordinator:
     def _start(self, pool: Pool, slot: Slot, trial: UnfinishedTrial) -> None:
         settings = self._settings
         assert slot.worker is not None
-        trial.begin(slot.worker.pid, slot.device.label, settings.sampler, settings.seed)
+        trial.begin(slot.worker, slot.device.label, settings.sampler, settings.seed)
         self._running[slot.index] = trial
         seed = sampling.seed_for(settings.seed, trial.number, "training")
         task = {"task": "trial", "seed": seed, "checkpoint": self._checkpoint(trial.number)}
@@ -157,8 +157,8 @@ class Coordinator:
 
     def _checkpoint(self, number: int) -> str:
         """The file for a trial's state, so that it goes on where it was; none without a folder."""
-        folder = self._settings.folder
-        return str(Path(folder) / folders.CHECKPOINTS / f"trial-{number}.npz") if folder else ""
+        folder = self._settings.checkpoints
+        return str(Path(folder) / f"trial-{number}.npz") if folder else ""
 
     def _handle(self, pool: Pool, event: Event) -> None:
         slot, message = event.slot, event.message

@@ -290,6 +290,11 @@ def _files(dataset: Dataset) -> tuple[DataFile, ...]:
     return tuple(dict.fromkeys(dataset.train_files + dataset.test_files))
 
 
+def files_of(dataset: Dataset) -> list[Path]:
+    """Where a published data set's files lie; none where it comes with a package."""
+    return [_folder(dataset) / file.name for file in _files(dataset)]
+
+
 def _folder(dataset: Dataset) -> Path:
     return fetching.keras_datasets() / dataset.folder
 

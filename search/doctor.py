@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from search import datasets, devices, fetching, folders, provenance, storage, weights
-from search.errors import SearchError
+from search.errors import EXIT_USAGE, SearchError
 from search.fetching import DataFile
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
@@ -287,8 +287,9 @@ def _unusable(file: Path) -> str:
             if "dataset" not in run:
                 return f"an earlier version began {name!r}"
     except (SearchError, sqlite3.Error) as error:
-        return str(error)
-    except (RuntimeError, optuna.exceptions.StorageInternalError):
+        moved = isinstance(error, SearchError) and error.exit_code == EXIT_USAGE
+        return "" if moved else str(error)
+    except optuna.exceptions.StorageInternalError:
         return f"it is not of this Optuna's ({optuna.__version__}) version"
     return ""
 

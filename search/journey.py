@@ -7,9 +7,11 @@ with View() as view:
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -32,13 +34,13 @@ from search import (
     weights,
 )
 from search.coordinator import Coordinator
+from search.engines.engine import Engine
 from search.engines.local import LocalEngine
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 from search.pool import Interrupted, Pool
 from search.progress import View
 from search.retrain import Job, Retraining, jobs_of
 from search.settings import Settings, refuse_another_space, refuse_differences, resolve
-from search.snapshots import Snapshots
 from search.trial_logs import Logs, open_logs
 
 logger = logging.getLogger("search")
@@ -83,19 +85,21 @@ def run(
     entry = catalogue.find(reference)
     if options.get("dataset"):
         datasets.find(datasets.resolve(options["dataset"], Path.cwd()))
-    url = storage.url_in(folder, options.get("storage"))
-    devices_ = devices.share_out(str(options.get("workers") or "auto"))
+    database = storage.at(storage.url_in(folder, options.get("storage")))
+    _refuse_cluster_options(options)
+    if options.get("engine") != "ray":
+        devices.share_out(str(options.get("workers") or "auto"))  # refused before all else
     with ExitStack() as held:
         held.enter_context(folders.umask(folders.PRIVATE))
         folders.refuse_links(folder)
         folders.check(folder, "--out")
-        folders.check(storage.database_path(url).parent, "--storage")
+        database.check()
         held.enter_context(storage.lock(folder / folders.LOCK))
-        held.enter_context(storage.lock(storage.lock_beside(url, entry.name)))
+        held.enter_context(database.lock(entry.name))
         view.log_to(folder / "search.log")
         try:
-            with storage.failures_named(url):
-                return _Journey(entry, folder, url, options, view).go(devices_, final)
+            with database.failures_named():
+                return _Journey(entry, folder, database, options, view).go(final)
         except (SearchError, Interrupted) as error:
             logger.debug("ended: %s", error)  # for the file: the command line says it itself
             raise
@@ -108,7 +112,7 @@ class _Journey:
         self,
         entry: catalogue.Entry,
         folder: Path,
-        url: str,
+        database: storage.Database,
         options: dict[str, Any],
         view: View,
     ):
@@ -116,24 +120,50 @@ class _Journey:
         self._folder = folder
         self._options = options
         self._view = view
-        self._url = url
+        self._database = database
         # To read only, until it is known that this run belongs to it.
-        self._study = storage.read_study(url, entry.name)
+        self._study = database.read(entry.name)
 
-    def go(self, devices_: list[devices.Device], final: bool) -> Outcome:
+    def go(self, final: bool) -> Outcome:
         if outcome := self._already_done(final):
             if not self._has_report():
                 self._report()
             return outcome
-        outcome = self._run_what_is_missing(devices_, final)
+        outcome = self._run_what_is_missing(final)
         self._report()
         return outcome
 
-    def _run_what_is_missing(self, devices_: list[devices.Device], final: bool) -> Outcome:
+    def _run_what_is_missing(self, final: bool) -> Outcome:
         folders.clean(self._folder)
         opening = {"type": "open", "file": str(self._entry.file)}
-        engine = LocalEngine(self._folder / "logs")
-        pool = Pool(engine, devices_, opening, self._options.get("silence"))
+        engine = self._engine()
+        with closing(engine):
+            devices_ = engine.devices(str(self._options.get("workers") or "auto"))
+            pool = Pool(engine, devices_, opening, self._options.get("silence"))
+            return self._run_on(pool, final)
+
+    def _engine(self) -> Engine:
+        if self._options.get("engine") != "ray":
+            return LocalEngine(self._folder / "logs")
+        from search.engines.ray import RayEngine
+
+        return RayEngine(
+            self._folder,
+            self._entry.file,
+            address=self._options.get("address"),
+            shared=self._options.get("shared"),
+            insecure=bool(self._options.get("allow_insecure_ray")),
+        )
+
+    def _checkpoints(self) -> Path | None:
+        """Where the state of trainings is kept so that any worker can go on; None for nowhere."""
+        if self._options.get("engine") != "ray":
+            return self._folder / folders.CHECKPOINTS
+        shared = self._options.get("shared")
+        own = hashlib.sha256(str(self._folder.absolute()).encode()).hexdigest()[:8]
+        return shared and Path(shared) / f"{self._entry.name}-{own}-{folders.CHECKPOINTS}"
+
+    def _run_on(self, pool: Pool, final: bool) -> Outcome:
         logs = open_logs(self._options.get("log"), self._folder)
         with signals_to(pool), closing(logs), pool:
             self._view.begin("starting workers", 0)
@@ -148,6 +178,8 @@ class _Journey:
                 folders.check(self._folder, "--out")  # the search may have filled the disk
                 retraining.run(pool)
                 folders.remove_scratch(self._folder)
+                if checkpoints := self._checkpoints():
+                    shutil.rmtree(checkpoints, ignore_errors=True)
                 for job in retraining.jobs:
                     logs.history(job.stem, job.record.get("history", {}), job.params)
                 return self._outcome(settings, self._write(settings, retraining.jobs))
@@ -192,7 +224,7 @@ class _Journey:
         ready = pool.wait_for_space()
         if run := self._run():
             self._refuse_another(run, ready["space"], dataset, pretrained)
-        self._study = storage.open_study(self._url, self._entry.name, wait=pool.wait)
+        self._study = self._database.open(self._entry.name, wait=pool.wait)
         self._study.set_user_attr(
             "run",
             {
@@ -216,12 +248,21 @@ class _Journey:
             "workers" if len(pool.slots) > 1 else "worker",
             f", {ready['precision']}" if ready["precision"] else "",
         )
+        if not self._database.snapshots():
+            logger.info(
+                "%s keeps no snapshots here: back it up as a database", self._database.label
+            )
         _warn_of_unseen_gpus(pool, ready)
         return settings
 
     def _settings(self, described: dict[str, Any]) -> Settings:
         settings = resolve(described, str(self._entry.file), self._options)
-        settings = dataclasses.replace(settings, folder=str(self._folder.absolute()))
+        checkpoints = self._checkpoints()
+        settings = dataclasses.replace(
+            settings,
+            folder=str(self._folder.absolute()),
+            checkpoints=str(checkpoints.absolute()) if checkpoints else "",
+        )
         if run := self._run():
             refuse_differences(run["fixed"], settings.fixed(), settings.name, str(self._folder))
         if self._options.get("search") is False:
@@ -265,10 +306,11 @@ class _Journey:
                     row.state, row.number, row.value, reports=row.reports, seconds=row.seconds
                 )
         self._view.saved = results.saved_share(study)
-        snapshots = Snapshots(storage.database_path(self._url))
+        snapshots = self._database.snapshots()
         points = run["known_points"]
         Coordinator(study, settings, points, self._view, logs, snapshots).search(pool)
-        snapshots.take()
+        if snapshots:
+            snapshots.take()
         if self._num_finished() >= settings.trials and not results.winners(study, 1):
             raise SearchError(
                 f"all {settings.trials} trials of {settings.name!r} are finished and none is "
@@ -360,7 +402,18 @@ class _Journey:
     def _outcome(self, settings: Settings, figures: dict[str, Any] | None) -> Outcome:
         assert self._study is not None
         best = next(((t.number, t.value or 0.0) for t in results.winners(self._study, 1)), None)
-        return Outcome(self._folder, self._url, settings, self._num_finished(), best, figures)
+        return Outcome(
+            self._folder, self._database.url, settings, self._num_finished(), best, figures
+        )
+
+
+def _refuse_cluster_options(options: dict[str, Any]) -> None:
+    names = ("address", "shared", "allow_insecure_ray")
+    if options.get("engine") != "ray" and (given := [n for n in names if options.get(n)]):
+        raise SearchError(
+            f"--{given[0].replace('_', '-')} is of use with --engine ray only",
+            exit_code=EXIT_USAGE,
+        )
 
 
 def with_weights(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:

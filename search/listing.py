@@ -18,7 +18,7 @@ from rich.text import Text
 from search import results, storage, textplot
 from search.catalogue import Entry
 from search.doctor import Finding
-from search.errors import SearchError
+from search.errors import EXIT_DAMAGED, SearchError
 from search.inference import Classified
 from search.journey import Outcome
 from search.progress import duration
@@ -312,8 +312,8 @@ def _finite(value: Any) -> Any:
 def _run_of(folder: Path, name: str) -> str:
     try:
         study = storage.read_study(storage.url_in(folder, None), name)
-    except SearchError:
-        return "damaged"
+    except SearchError as error:
+        return "damaged" if error.exit_code == EXIT_DAMAGED else "elsewhere"
     if study is None:
         return ""
     trials = study.get_trials(deepcopy=False)

@@ -17,7 +17,8 @@ from typing import Any
 
 from search import memory
 from search.devices import Device, share_out
-from search.engines.local import LocalEngine, LocalWorker
+from search.engines.engine import Engine, Worker
+from search.engines.local import LocalEngine
 from search.errors import SearchError
 from search.protocol import Message
 
@@ -93,7 +94,7 @@ class Slot:
 
     index: int
     device: Device
-    worker: LocalWorker | None = None
+    worker: Worker | None = None
     described: bool = False  # has loaded the study and can be prepared
     ready: bool = False
     task: Task | None = None
@@ -158,7 +159,7 @@ class Pool:
 
     def __init__(
         self,
-        engine: LocalEngine,
+        engine: Engine,
         devices: list[Device],
         opening: Message,
         silence: float | None = None,
@@ -198,6 +199,7 @@ class Pool:
         Args:
             search: read the data and describe the space first.
         """
+        self._engine.provide(settings)
         self._preparation = {"type": "prepare", "settings": settings, "search": search}
         for slot in self.slots:
             if slot.worker and slot.described:
@@ -238,7 +240,7 @@ class Pool:
 
     def give_threads(self, slot: Slot, threads: int) -> None:
         """Replace an idle slot's worker by one with so many threads (fixed when one starts)."""
-        if slot.device.threads == threads:
+        if slot.device.threads == threads or not self._engine.has_wide_workers:
             return
         slot.device = Device(threads, slot.device.gpu)
         self._restart(slot)

@@ -136,6 +136,7 @@ def _train(
         precision=options.get("precision") or how["precision"],
         max_attempts=options.get("max_attempts") or 3,
         folder=str(folder.absolute()),
+        checkpoints=str(folder.absolute() / folders.CHECKPOINTS),
         weights=_weights(config, options, described),
     )
     if (size := options.get("cache_size")) is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from search import artifacts, devices, folders, results
+from search import artifacts, devices, results
 from search.errors import EXIT_NOTHING_USABLE, SearchError
 from search.pool import Event, Pool, Slot
 from search.progress import View
@@ -256,14 +256,16 @@ class Retraining:
             "share": job.record["share"],
             "validated": job.record.get("validated", False),
             "path": str(self._folder / "models" / f"{job.stem}.keras"),
-            "checkpoint": str(self._checkpoint(job)),
+            "checkpoint": self._checkpoint(job),
         }
 
-    def _checkpoint(self, job: Job) -> Path:
-        return self._folder / folders.CHECKPOINTS / f"{job.stem}.npz"
+    def _checkpoint(self, job: Job) -> str:
+        folder = self._settings.checkpoints
+        return str(Path(folder) / f"{job.stem}.npz") if folder else ""
 
     def _trained(self, job: Job, message: Message) -> None:
-        self._checkpoint(job).unlink(missing_ok=True)
+        if checkpoint := self._checkpoint(job):
+            Path(checkpoint).unlink(missing_ok=True)
         if message["outcome"] == "diverged":
             job.record["diverged"] = message["reason"]
             logger.warning("%s diverged: %s", job.stem, message["reason"])

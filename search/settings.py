@@ -39,6 +39,7 @@ class Settings:
     max_flops: int | None = None
     cache_size: int = 8_000_000_000  # bytes, of frozen parts' activations; 0 for none
     folder: str = ""  # of the run; absolute
+    checkpoints: str = ""  # folder of trainings that run, where every worker sees it; absolute
     seed: int = 0
     max_attempts: int = 3
     trial_timeout: float | None = None  # seconds, for one attempt at a trial

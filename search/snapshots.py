@@ -15,8 +15,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from search import artifacts, storage
+from search import artifacts
 from search.errors import EXIT_DAMAGED, EXIT_USAGE, SearchError
+from search.sqlite_file import problem_of
 
 logger = logging.getLogger("search")
 
@@ -74,14 +75,14 @@ def restore(database: Path) -> Restored:
     Raises:
         SearchError: if the study is sound, or no snapshot is.
     """
-    problem = storage.problem_of(database)
+    problem = problem_of(database)
     if not problem and database.exists():
         raise SearchError(
             f"the study file {database} is sound: there is nothing to repair",
             exit_code=EXIT_USAGE,
         )
     for snapshot in _snapshots(database):
-        if storage.problem_of(snapshot):
+        if problem_of(snapshot):
             continue
         aside = None
         if database.exists():

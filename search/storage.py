@@ -1,69 +1,199 @@
 """Where a study is kept: a URL becomes an Optuna storage with the settings that survive crashes.
 
-    with storage.lock(url, "cnn"):
-        study = storage.open_study(url, "cnn")
+    database = storage.at("sqlite:///runs/cnn/study.db")
+    with database.lock("cnn"):
+        study = database.open("cnn")
 
-SQLite for now: one file, one writer (the coordinator), read live by Optuna's own tools.
+All that differs between SQLite (sqlite_file.py) and PostgreSQL (postgres.py) is a method of
+`Database`. It is written by one process (the coordinator), which holds the lock.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import socket
-import sqlite3
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING
 
-from search.errors import EXIT_DAMAGED, EXIT_STORAGE_LOST, EXIT_USAGE, SearchError
+from search.errors import EXIT_USAGE, SearchError
 
 if TYPE_CHECKING:
     import optuna
+    import sqlalchemy
 
     from search.patience import PatientStorage
+    from search.snapshots import Snapshots
 
-# WAL lets readers in while a trial is written; NORMAL loses nothing when a process dies. SQLite
-# itself waits for a second only, since a signal is not heard meanwhile: patience.py goes on.
-_BUSY = 1.0  # seconds
-PRAGMAS = {"journal_mode": "wal", "synchronous": 1, "busy_timeout": round(1000 * _BUSY)}
-_PREFIX = "sqlite:///"
+# Of a study that was carried elsewhere, the attribute that is left of it: where to.
+MOVED = "moved"
 
 
-def database_path(url: str) -> Path:
-    """The file behind a `sqlite:///` URL.
+class Database(ABC):
+    """What holds studies, behind a URL that holds no password."""
+
+    def __init__(self, url: str):
+        self.url = url
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What messages call it."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises SearchError if nothing could be kept there, as far as that shows unopened."""
+
+    @abstractmethod
+    def lock(self, study_name: str) -> AbstractContextManager[None]:
+        """Hold a study for this process alone; raises SearchError naming who else holds it."""
+
+    @abstractmethod
+    def storage(
+        self, study_name: str, wait: Callable[[float], None], patience: float
+    ) -> PatientStorage:
+        """To write that study, with its tables made."""
+
+    @abstractmethod
+    def reader(self) -> PatientStorage | None:
+        """To read, so that nothing can be written; None where nothing is."""
+
+    @abstractmethod
+    def lost(self, error: Exception) -> SearchError:
+        """What it raised, for the user."""
+
+    @abstractmethod
+    def settle(self, engine: sqlalchemy.Engine) -> None:
+        """Returns when what was committed outlives a loss of power."""
+
+    @abstractmethod
+    def snapshots(self) -> Snapshots | None:
+        """What copies it now and then; None where that is somebody else's business."""
+
+    def open(
+        self,
+        name: str,
+        *,
+        wait: Callable[[float], None] = time.sleep,
+        patience: float | None = None,
+    ) -> optuna.Study:
+        """The study, made if it is not there yet. The caller holds the lock and is its one writer.
+
+        Args:
+            wait: for so many seconds until a storage that fails is tried again; may raise.
+            patience: seconds, until it is lost; None for the usual.
+        """
+        import optuna
+
+        storage = self.open_storage(name, wait=wait, patience=patience)
+        return self._present(
+            optuna.create_study(
+                study_name=name, storage=storage, direction="maximize", load_if_exists=True
+            )
+        )
+
+    def open_storage(
+        self,
+        name: str,
+        *,
+        wait: Callable[[float], None] = time.sleep,
+        patience: float | None = None,
+    ) -> PatientStorage:
+        """What `open` writes the study by; the arguments are the same."""
+        import optuna
+
+        from search.patience import PATIENCE
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the log says what is new
+        with self._version_named():
+            return self.storage(name, wait, PATIENCE if patience is None else patience)
+
+    def read(self, name: str) -> optuna.Study | None:
+        """The study, opened so that nothing can be written, or None where there is none."""
+        import optuna
+
+        with self._version_named():
+            storage = self.reader()
+        if storage is None:
+            return None
+        try:
+            return self._present(optuna.load_study(study_name=name, storage=storage))
+        except KeyError:
+            return None
+
+    def _present(self, study: optuna.Study) -> optuna.Study:
+        if to := study.user_attrs.get(MOVED):
+            raise SearchError(
+                f"study {study.study_name!r} was moved from {self.label} to {to}; name it: "
+                f"--storage {to}",
+                exit_code=EXIT_USAGE,
+            )
+        return study
+
+    @contextmanager
+    def _version_named(self) -> Iterator[None]:
+        """Tables of another Optuna than this one are one line, with Optuna's own advice."""
+        import optuna
+
+        try:
+            yield
+        except RuntimeError as error:
+            if "table schema" not in str(error):
+                raise
+            raise SearchError(
+                f"the study {self.label} is not of this Optuna's ({optuna.__version__}) version. "
+                f"{error}"
+            ) from None
+
+    @contextmanager
+    def failures_named(self) -> Iterator[None]:
+        """What the database raises becomes one line: a full disk, a lost file, no permission."""
+        import optuna
+        import sqlalchemy
+
+        try:
+            yield
+        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+            raise self.lost(error) from error
+
+
+def at(url: str) -> Database:
+    """The database behind a URL.
 
     Raises:
-        SearchError: for any other URL; it names the scheme only, since a URL may hold a password.
+        SearchError: if it names none; with the scheme only, since a URL may hold a password.
     """
-    named = url.removeprefix(_PREFIX)
     before, found, _ = url.partition("://")
-    scheme = f"a {before[:20]!r}" if found else "another"
-    if named == url or named in ("", ":memory:") or set(named) & set("?%#{}"):
+    if before in ("postgresql", "postgresql+psycopg") and found:
+        from search.postgres import Postgres
+
+        return Postgres(url)
+    if not (url.startswith("sqlite:///") and is_plain_path(url.removeprefix("sqlite:///"))):
+        scheme = f"a {before[:20]!r}" if found else "another"
         raise SearchError(
-            "the study is kept in sqlite:///FILE for now, a path without ? % # { }. Received: "
-            f"{scheme} address. Write for example "
+            "a study is kept in sqlite:///FILE, a path without ? % # { }, or in "
+            f"postgresql://USER@HOST/DATABASE. Received: {scheme} address. Write for example "
             "--storage sqlite:///runs/cnn/study.db, or another --out",
             exit_code=EXIT_USAGE,
         )
-    return Path(named)
+    from search.sqlite_file import SqliteFile
+
+    return SqliteFile(Path(url.removeprefix("sqlite:///")))
+
+
+def is_plain_path(named: str) -> bool:
+    """Whether it means the same in a URL as on the disk."""
+    return named not in ("", ":memory:") and not set(named) & set("?%#{}")
 
 
 def url_in(folder: Path, url: str | None) -> str:
     """The given URL, checked, or that of the study file in a run's folder."""
-    url = url or f"{_PREFIX}{folder / 'study.db'}"
-    database_path(url)
-    return url
-
-
-def lock_beside(url: str, study_name: str) -> Path:
-    """Where a study's lock lies: beside its database, which several runs may share."""
-    path = database_path(url)
-    return path.with_name(f".{path.name}.{study_name}.lock")
+    url = url or f"sqlite:///{folder / 'study.db'}"
+    return at(url).url
 
 
 @contextmanager
@@ -84,10 +214,7 @@ def lock(path: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
             os.close(descriptor)
-            raise SearchError(
-                f"this study is being run by {holder}; wait for it, end it, or take another --out",
-                exit_code=EXIT_USAGE,
-            ) from None
+            raise held_by(holder, "--out") from None
         # The holder before us removes the file when it ends: what we locked must still be it.
         if _still_at(path, descriptor):
             break
@@ -101,6 +228,14 @@ def lock(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def held_by(holder: str, option: str) -> SearchError:
+    """The refusal of a study that somebody else runs."""
+    return SearchError(
+        f"this study is being run by {holder}; wait for it, end it, or take another {option}",
+        exit_code=EXIT_USAGE,
+    )
+
+
 def open_study(
     url: str,
     name: str,
@@ -108,50 +243,13 @@ def open_study(
     wait: Callable[[float], None] = time.sleep,
     patience: float | None = None,
 ) -> optuna.Study:
-    """The study, made if it is not there yet. The caller holds the lock and is its one writer.
-
-    Args:
-        wait: for so many seconds until a storage that fails is tried again; may raise.
-        patience: seconds, until it is lost; None for the usual.
-    """
-    import optuna
-
-    from search.patience import patiently
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the log says what is new
-    path = database_path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _check_file(path)
-    if not path.exists():
-        patiently(lambda _: _create(path), path, wait=wait)
-    storage = _storage(url, wait, patience)
-    return optuna.create_study(
-        study_name=name, storage=storage, direction="maximize", load_if_exists=True
-    )
+    """As `Database.open`."""
+    return at(url).open(name, wait=wait, patience=patience)
 
 
 def read_study(url: str, name: str) -> optuna.Study | None:
-    """The study, opened so that nothing can be written, or None where there is none."""
-    import optuna
-
-    path = database_path(url)
-    if not path.exists():
-        return None
-    _check_file(path)
-    from search.patience import PatientStorage
-
-    read_only = f"{_PREFIX}file:{quote(str(path.resolve()))}?mode=ro&uri=true"
-    arguments = {"connect_args": {"timeout": _BUSY}}
-    try:
-        storage = PatientStorage(path, read_only, skip_table_creation=True, engine_kwargs=arguments)
-        return optuna.load_study(study_name=name, storage=storage)
-    except KeyError:
-        return None
-    except optuna.exceptions.StorageInternalError:
-        raise SearchError(
-            f"{path} is no Optuna study: another program wrote it. Take another --out or --storage",
-            exit_code=EXIT_DAMAGED,
-        ) from None
+    """As `Database.read`."""
+    return at(url).read(name)
 
 
 def drop_reports_after(study: optuna.Study, trial_id: int, step: int) -> None:
@@ -166,110 +264,6 @@ def drop_reports_after(study: optuna.Study, trial_id: int, step: int) -> None:
 def _rdb(study: optuna.Study) -> PatientStorage:
     """The database behind Optuna's cache, which keeps only finished trials."""
     return study._storage._backend  # type: ignore[attr-defined]
-
-
-def _create(path: Path) -> None:
-    """An empty study file appears whole: a kill must not leave what looks like a damaged one."""
-    import optuna
-
-    beside = path.with_name(f".{path.name}.partial")
-    beside.unlink(missing_ok=True)
-    optuna.storages.RDBStorage(f"{_PREFIX}{beside}").engine.dispose()
-    os.replace(beside, path)
-
-
-@contextmanager
-def failures_named(url: str) -> Iterator[None]:
-    """What the database raises becomes one line: a full disk, a lost file, no permission."""
-    import optuna
-    import sqlalchemy
-
-    from search.patience import cause_of, code_of
-
-    path = database_path(url)
-    try:
-        yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-        if code_of(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise _damaged(path, str(cause_of(error))) from error
-        needed = f" ({_needed(path)})" if code_of(error) == sqlite3.SQLITE_FULL else ""
-        raise SearchError(
-            f"the study {path} can't be written: {cause_of(error)}{needed}; free space or check "
-            "permissions, then type the same command",
-            exit_code=EXIT_STORAGE_LOST,
-        ) from error
-
-
-def _needed(path: Path) -> str:
-    """What writing the study takes: as much as it has, while SQLite moves its log into it."""
-    parts = [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))]
-    size = sum(part.stat().st_size for part in parts if part.exists())
-    return f"it needs {size} bytes, {shutil.disk_usage(path.parent).free} are free"
-
-
-def _storage(
-    url: str, wait: Callable[[float], None], patience: float | None
-) -> optuna.storages.RDBStorage:
-    from sqlalchemy import event
-
-    from search.patience import PATIENCE, PatientStorage
-
-    storage = PatientStorage(
-        database_path(url),
-        url,
-        patience=PATIENCE if patience is None else patience,
-        wait=wait,
-        engine_kwargs={"connect_args": {"timeout": _BUSY}},
-    )
-
-    def set_pragmas(connection: sqlite3.Connection, _record: Any) -> None:
-        for name, value in PRAGMAS.items():
-            connection.execute(f"PRAGMA {name}={value}")
-
-    event.listen(storage.engine, "connect", set_pragmas)
-    # RDBStorage has made its tables on a pooled connection already, which no listener reaches.
-    storage.engine.dispose()
-    return storage
-
-
-def _check_file(path: Path) -> None:
-    """Raises SearchError if there is a file that is no sound database: never a silent new one."""
-    if problem := problem_of(path):
-        raise _damaged(path, problem)
-
-
-def _damaged(path: Path, problem: str) -> SearchError:
-    return SearchError(
-        f"the study file {path} is damaged ({problem}); `fmnist-search repair` with the same "
-        "--study and --out puts the newest snapshot back; or move it away to begin anew",
-        exit_code=EXIT_DAMAGED,
-    )
-
-
-def problem_of(path: Path) -> str:
-    """What is wrong with a database file, or nothing; nothing for a missing one, too."""
-    if not path.exists():
-        return ""
-    return "it is empty" if path.stat().st_size == 0 else _quick_check(path)
-
-
-def _quick_check(path: Path) -> str:
-    from search.patience import code_of, patiently
-
-    def check(_: bool) -> str:
-        try:
-            with closing(
-                sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
-            ) as connection:
-                connection.execute(f"PRAGMA busy_timeout={PRAGMAS['busy_timeout']}")
-                (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        except sqlite3.DatabaseError as error:
-            if code_of(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise  # somebody writes: that says nothing of what is written
-            return str(error)
-        return "" if answer == "ok" else str(answer)
-
-    return patiently(check, path)
 
 
 def _still_at(path: Path, descriptor: int) -> bool:

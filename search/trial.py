@@ -6,7 +6,6 @@ the next coordinator can finish what a kill has cut off, and so that a crash can
 
 from __future__ import annotations
 
-import socket
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from search import sampling, storage
+from search.engines.engine import Worker
 from search.pool import OUT_OF_MEMORY
 from search.protocol import SUGGESTIONS, Message
 
@@ -95,7 +95,7 @@ class UnfinishedTrial:
         """Attempts that the coordinator's own death did not end."""
         return sum(attempt.get("reason") != COORDINATOR_ENDED for attempt in self._attempts)
 
-    def begin(self, process: int, device: str, sampler: str, seed: int) -> None:
+    def begin(self, worker: Worker, device: str, sampler: str, seed: int) -> None:
         """A new attempt, on a worker."""
         self._sampling = sampling.TrialSampling(self._study, self._id, sampler, seed)
         self._began, self.last_step = time.monotonic(), 0
@@ -104,8 +104,8 @@ class UnfinishedTrial:
         self._attempts.append(
             {
                 "attempt": len(self._attempts) + 1,
-                "host": socket.gethostname(),
-                "process": process,
+                "host": worker.host,
+                "process": worker.pid,
                 "device": device,
                 "start": time.time(),
             }

@@ -73,13 +73,13 @@ BREAKS = (
         "test_storage_faults.py::test_s1_a_trial_whose_answer_is_lost_is_made_once",
     ),
     Break(
-        "S3", "a locked file is taken for a damaged one", "search/storage.py",
+        "S3", "a locked file is taken for a damaged one", "search/sqlite_file.py",
         "                raise  # somebody writes: that says nothing of what is written\n",
         "                return str(error)\n",
         "test_storage_faults.py::test_s3_a_locked_file_is_not_a_damaged_one",
     ),
     Break(
-        "S5", "a damaged file is opened", "search/storage.py",
+        "S5", "a damaged file is opened", "search/sqlite_file.py",
         'return "it is empty" if path.stat().st_size == 0 else _quick_check(path)', 'return ""',
         "test_storage.py::test_a_damaged_file_is_refused_and_left_as_it_is",
     ),

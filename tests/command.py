@@ -18,19 +18,23 @@ class Command:
     Args:
         folder: the run goes below it, and the dummy's log.
         prefix: words before the command, such as a wrapper that sets limits.
+        url: of the storage; None for the file in the run's folder.
         environment: more of it.
     """
 
-    def __init__(self, folder: Path, *, prefix: tuple[str, ...] = (), **environment: str):
+    def __init__(self, folder: Path, *, prefix: tuple[str, ...] = (), url: str | None = None,
+                 **environment: str):  # fmt: skip
         self.folder = folder / "run"
         self.log = folder / "dummy.log"
         self._prefix = prefix
+        self._url = url
         self._environment = {**os.environ, "DUMMY_LOG": str(self.log), **environment}
 
     def start(self, *arguments: str, program: tuple[str, ...] = ("search",)):
         return subprocess.Popen(
             [*self._prefix, sys.executable, "-m", *program, "--study", str(Path(dummy.__file__)),
-             "--out", str(self.folder), *arguments],
+             "--out", str(self.folder), *(["--storage", self._url] if self._url else []),
+             *arguments],
             cwd=ROOT, env=self._environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
@@ -41,7 +45,7 @@ class Command:
         return process.returncode, output
 
     def study(self):
-        return storage.read_study(f"sqlite:///{self.folder}/study.db", "dummy")
+        return storage.read_study(storage.url_in(self.folder, self._url), "dummy")
 
     def wait_for_worker(self) -> None:
         self._wait(lambda: invariants.workers_of(self.folder))
@@ -49,8 +53,8 @@ class Command:
     def wait_for_report(self) -> None:
         self._wait(lambda: self.log.exists() and '"answer"' in self.log.read_text())
 
-    def _wait(self, condition) -> None:
-        end = time.monotonic() + 60
+    def _wait(self, condition, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end
             time.sleep(0.02)

@@ -14,14 +14,14 @@ import psutil
 from search import results, storage
 
 
-def check(folder: Path, log: Path, num_trials: int) -> None:
+def check(folder: Path, log: Path, num_trials: int, url: str | None = None) -> None:
     """Hold the study in `folder` against the log that the dummy's attempts wrote.
 
     a. numbers are exactly 0..N-1; b. all are finished; c. each was told once; d. params, steps and
     value are those of the attempt that won; e. no trial had two attempts at a time; f. the best
     trial is the log's best; h. no process, lock or temporary file is left.
     """
-    study = storage.read_study(f"sqlite:///{folder}/study.db", "dummy")
+    study = storage.read_study(storage.url_in(folder, url), "dummy")
     assert study is not None
     trials = study.get_trials(deepcopy=False)
     attempts = _attempts(log)
@@ -48,7 +48,7 @@ def workers_of(folder: Path) -> list[psutil.Process]:
             logs = [file.path for file in process.open_files()]
         except psutil.Error:
             continue
-        if any(path.startswith(str(folder.resolve())) for path in logs):
+        if any(str(folder.resolve()) in path for path in logs):  # a cluster's node has its own
             found.append(process)
     return found
 

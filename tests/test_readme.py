@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = (
     *("studies", "show", "dashboard", "retrain", "export", "train", "predict", "doctor", "report"),
-    *("repair", "repeat", ""),
+    *("repair", "repeat", "move", ""),
 )
 
 
@@ -34,6 +34,9 @@ def test_every_command_and_option_exists():
         "--help",
         "--logdir",
         "--no-deps",
+        *("--nodes", "--ntasks-per-node", "--gpus-per-task", "--cpus-per-task", "--time"),  # Slurm
+        "--min-nodes",  # ray symmetric-run
+        *("--all", "--minutes"),  # python -m tests.faults, tests.benchmarks.kills
     }:
         assert any(option in text for text in helps.values()), option
 

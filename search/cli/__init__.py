@@ -69,7 +69,7 @@ def cli(ctx: click.Context, study: str | None, out: Path | None, **values: Any) 
 
 for command in (
     *(look.studies, look.show, look.report, look.dashboard, look.export, look.predict),
-    *(again.retrain, again.train, again.repeat, again.repair, look.doctor),
+    *(again.retrain, again.train, again.repeat, again.repair, again.move, look.doctor),
 ):
     cli.add_command(command)
 

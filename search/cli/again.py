@@ -81,6 +81,30 @@ def repeat(study: str, out: Path | None, storage: str | None, trial: int, **valu
 
 
 @click.command(context_settings=options.CONTEXT)
+@options.study
+@click.option("--from", "source", metavar="URL", required=True, help="Where it is.")
+@click.option("--to", "target", metavar="URL", required=True, help="Where it is to be.")
+def move(study: str, source: str, target: str) -> None:
+    """Carry a study with all its trials to another database, SQLite or PostgreSQL.
+
+    What lies in the run's folder stays. The same command again goes on where a kill ended it.
+
+    \b
+    Example:
+      fmnist-search move --study cnn --from sqlite:///runs/cnn/study.db \\
+        --to postgresql://me@host/studies
+    """
+    from search import catalogue, moving
+    from search import storage as stores
+
+    name = catalogue.find(study).name
+    source_, target_ = stores.at(source), stores.at(target)
+    num_trials = moving.move(name, source_, target_)
+    click.echo(f"{name}: {num_trials} trials moved from {source_.label} to {target_.label}")
+    click.echo(f"go on with: fmnist-search {runs.same_run(study, None, target_.url)}")
+
+
+@click.command(context_settings=options.CONTEXT)
 @options.run
 def repair(study: str, out: Path | None, storage: str | None) -> None:
     """Put the newest snapshot in the place of a damaged study file.
@@ -94,13 +118,20 @@ def repair(study: str, out: Path | None, storage: str | None) -> None:
     """
     from search import catalogue, snapshots
     from search import storage as stores
+    from search.sqlite_file import SqliteFile
 
     entry = catalogue.find(study)
-    url = stores.url_in(runs.folder_of(entry, out), storage)
-    path = stores.database_path(url)
+    database = stores.at(stores.url_in(runs.folder_of(entry, out), storage))
+    if not isinstance(database, SqliteFile):
+        raise SearchError(
+            "snapshots are taken of SQLite files alone: a server's database is restored from its "
+            "own backups (pg_restore)",
+            exit_code=EXIT_USAGE,
+        )
+    path = database.path
     if not path.parent.is_dir():
         raise SearchError(f"there is no folder {path.parent}; check --out", exit_code=EXIT_USAGE)
-    with stores.lock(stores.lock_beside(url, entry.name)):
+    with database.lock(entry.name):
         restored = snapshots.restore(path)
     click.echo(f"{path} is {restored.snapshot} now, with {restored.num_trials} finished trials")
     if restored.aside:

@@ -58,7 +58,10 @@ out = click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/<study>]"
 )
 storage = click.option(
-    "--storage", metavar="URL", help="sqlite:///FILE.  [default: study.db in the run's folder]"
+    "--storage",
+    metavar="URL",
+    help="sqlite:///FILE or postgresql://USER@HOST/DATABASE.  [default: study.db in "
+    "the run's folder]",
 )
 
 
@@ -88,8 +91,19 @@ working = _options(
     click.option("--cache-size", type=Size(), help="On disk, of what frozen layers give, such as "
                  "500M; 0: none.  [default: 8G]"),
 )  # fmt: skip
+cluster = _options(
+    click.option("--engine", type=click.Choice(["local", "ray"]), default="local",
+                 show_default=True, help="Where workers run."),
+    click.option("--address", metavar="auto|HOST:PORT|ray://HOST:PORT",
+                 help="Of a Ray cluster.  [default: one on this machine, for this run]"),
+    click.option("--shared", type=click.Path(path_type=Path, file_okay=False, exists=True),
+                 help="Folder that all nodes have: a trial goes on elsewhere from its checkpoint."),
+    click.option("--allow-insecure-ray", is_flag=True,
+                 help="Use a cluster that asks nobody for a token."),
+)  # fmt: skip
 running = _options(
     working,
+    cluster,
     click.option("--precision", type=click.Choice(PRECISIONS), default="auto"),
     click.option("--top", type=click.IntRange(1, 1000), help="Winners to retrain.  [default: 1]"),
     click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True,

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search import folders
-from search.devices import Device
-from search.protocol import Channel
+from search.devices import Device, share_out
+from search.protocol import Channel, Message
 
 _ROOT = Path(__file__).parents[2]  # the folder that holds the package, installed or checked out
 _TAIL_BYTES = 2000
+# Workers never see the storage, nor what opens it.
+NOT_A_WORKER_S = {"PGPASSWORD", "PGPASSFILE"}
 
 
 @dataclass
@@ -31,6 +33,10 @@ class LocalWorker:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
 
     def is_alive(self) -> bool:
         return self.process.poll() is None
@@ -63,8 +69,19 @@ class LocalEngine:
         log_folder: each slot's workers write what they print to `worker-<slot>.log` in it.
     """
 
+    has_wide_workers = True
+
     def __init__(self, log_folder: Path):
         self._log_folder = log_folder
+
+    def devices(self, workers: str) -> list[Device]:
+        return share_out(workers)
+
+    def provide(self, settings: Message) -> None:
+        """What workers read is on this machine."""
+
+    def close(self) -> None:
+        """Workers are the pool's to end."""
 
     def start(self, device: Device, slot: int) -> LocalWorker:
         ours, theirs = socket.socketpair()
@@ -75,7 +92,7 @@ class LocalEngine:
                 # -P: the user's folder may hold a search.py of its own.
                 [sys.executable, "-P", "-m", "search.worker", str(theirs.fileno())],
                 env={
-                    **os.environ,
+                    **{name: os.environ[name] for name in os.environ.keys() - NOT_A_WORKER_S},
                     **device.environment(),
                     "PYTHONPATH": os.pathsep.join(
                         [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -73,7 +73,7 @@ def test_studies_are_listed_with_their_question():
         (["--study", "cnn", "--workers", "many"], 2, ["--workers", "'many'"]),
         (["--study", "cnn", "--time-budget", "90"], 2, ["'90'", "90m"]),
         (["--study", "cnn", "--sampler", "cma"], 2, ["--sampler", "cma", "tpe"]),
-        (["--study", "cnn", "--storage", "postgresql://me:secret@h/db"], 2, ["sqlite:///"]),
+        (["--study", "cnn", "--storage", "postgresql://me:secret@h/db"], 2, ["PGPASSFILE"]),
         (["--study", "cnn", "--out", "file"], 1, ["--out file"]),
         (["--study", "cnn", "--out", "file/below"], 1, ["--out file/below"]),
         (["dashboard", "--study", "cnn"], 1, ["no run of 'cnn'"]),

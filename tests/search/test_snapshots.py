@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from search import snapshots, storage
+from search import snapshots, sqlite_file, storage
 from search.errors import SearchError
 from search.snapshots import KEPT, Snapshots, restore
 
@@ -109,7 +109,7 @@ def test_a_snapshot_of_a_study_that_is_written_is_whole(database):
         Snapshots(database).take()
         writer.rollback()
     (snapshot,) = (database.parent / "snapshots").iterdir()
-    assert storage.problem_of(snapshot) == ""
+    assert sqlite_file.problem_of(snapshot) == ""
     with sqlite3.connect(snapshot) as copy:
         assert copy.execute("SELECT count(*) FROM trials WHERE state = 'FAIL'").fetchone() == (0,)
 

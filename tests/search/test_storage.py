@@ -96,8 +96,6 @@ def test_folders_are_made_for_a_new_study(tmp_path):
 @pytest.mark.parametrize(
     "url",
     [
-        "postgresql://user:secret@host/studies",
-        "postgresql+psycopg://user:secret@host:5432/studies?sslmode=require",
         "mysql://user:secret@host/studies",
         "SQLITE:///secret.db",
         "sqlite://user:secret@host/file",
@@ -109,8 +107,8 @@ def test_folders_are_made_for_a_new_study(tmp_path):
     ],
 )
 def test_any_other_url_is_refused_without_its_password(url, tmp_path):
-    message = r"kept in sqlite:///FILE for now.*Write for example --storage sqlite:///runs"
-    for use in (storage.database_path, lambda url: storage.url_in(tmp_path, url or " ")):
+    message = r"kept in sqlite:///FILE, .*Write for example --storage sqlite:///runs"
+    for use in (storage.at, lambda url: storage.url_in(tmp_path, url or " ")):
         with pytest.raises(SearchError, match=message) as caught:
             use(url)
         assert caught.value.exit_code == EXIT_USAGE
@@ -120,14 +118,16 @@ def test_any_other_url_is_refused_without_its_password(url, tmp_path):
 def test_without_a_url_the_study_lies_in_the_run_s_folder(tmp_path):
     assert storage.url_in(tmp_path, None) == f"sqlite:///{tmp_path}/study.db"
     assert storage.url_in(tmp_path, "sqlite:///other.db") == "sqlite:///other.db"
-    assert storage.database_path(storage.url_in(tmp_path, None)) == tmp_path / "study.db"
+    assert storage.at(storage.url_in(tmp_path, None)).path == tmp_path / "study.db"
 
 
 def test_runs_that_share_a_database_lock_their_own_study(tmp_path, url):
-    paths = [storage.lock_beside(url, name) for name in ("a", "b")]
-    assert {path.parent for path in paths} == {tmp_path}
-    with storage.lock(paths[0]), storage.lock(paths[1]):
-        assert all(path.exists() for path in paths)
+    database = storage.at(url)
+    with database.lock("a"), database.lock("b"):
+        assert {path.name for path in tmp_path.iterdir()} == {
+            ".study.db.a.lock",
+            ".study.db.b.lock",
+        }
 
 
 @pytest.mark.fault("K8")
@@ -319,10 +319,10 @@ def test_what_the_database_raises_becomes_one_line(tmp_path, url):
     with_trials(url, 1)
     study = storage.read_study(url, "mine")
     rule = r"study\.db can't be written: attempt to write a readonly database; free space"
-    with pytest.raises(SearchError, match=rule) as caught, storage.failures_named(url):
+    with pytest.raises(SearchError, match=rule) as caught, storage.at(url).failures_named():
         study.set_user_attr("key", 1)
     assert caught.value.exit_code == EXIT_STORAGE_LOST
-    with pytest.raises(KeyError), storage.failures_named(url):
+    with pytest.raises(KeyError), storage.at(url).failures_named():
         raise KeyError("not the storage's")
 
 
