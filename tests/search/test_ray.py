@@ -118,3 +118,42 @@ def test_winners_come_back_whole(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [path.suffix for path in (run / "models").iterdir()] == [".keras"]
     assert (run / "metrics.json").exists()
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Two nodes of one core each on this machine, and a head that works on nothing."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("DUMMY_LOG", str(tmp_path / "dummy.log"))  # nodes hand on their environment
+    monkeypatch.setenv("DUMMY_SLEEP", "0.5")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    yield running
+    running.shutdown()
+
+
+@pytest.mark.fault("E1")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's cluster leaves its log files open
+def test_e1_a_node_is_lost_and_another_joins(cluster, tmp_path):
+    lost = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    command = Command(tmp_path)
+    (tmp_path / "shared").mkdir()
+    arguments = (
+        *("--trials", "12", *RAY, "--address", cluster.address, "--allow-insecure-ray"),
+        *("--shared", str(tmp_path / "shared"), "--max-attempts", "9"),
+    )
+    process = command.start(*arguments)
+    command.wait_for_report()
+    while len(invariants.workers_of(command.folder)) < 2:
+        time.sleep(0.1)
+    cluster.remove_node(lost, allow_graceful=False)
+    time.sleep(2)
+    cluster.add_node(num_cpus=1)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output
+    assert "was lost with its actor or node" in output
+    invariants.check(command.folder, command.log, 12)
+    assert list((tmp_path / "shared").iterdir()) == []
