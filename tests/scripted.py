@@ -1,5 +1,6 @@
 """A pool whose workers say what a test has written down: no process, no Keras."""
 
+import socket
 from types import SimpleNamespace
 
 from search.devices import Device
@@ -15,7 +16,7 @@ class ScriptedPool:
     def __init__(self, script, num_slots=1):
         self.slots = [Slot(index, Device(threads=1)) for index in range(num_slots)]
         for slot in self.slots:
-            slot.worker = SimpleNamespace(pid=100 + slot.index)
+            slot.worker = SimpleNamespace(pid=100 + slot.index, host=socket.gethostname())
         self.given = []
         self.at_start = lambda: None
         self._script = script

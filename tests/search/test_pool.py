@@ -40,6 +40,7 @@ class Worker:
     """A worker whose end of the socket the test holds."""
 
     pid = 1
+    host = "here"
     log = Path("worker.log")
 
     def __init__(self, device):
@@ -87,8 +88,14 @@ class Worker:
 
 
 class Engine:
+    has_wide_workers = True
+
     def __init__(self):
         self.started = []
+        self.provided = []
+
+    def provide(self, settings):
+        self.provided.append(settings)
 
     def start(self, device, slot):
         self.started.append(Worker(device))

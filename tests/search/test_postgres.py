@@ -200,7 +200,7 @@ def guarded(postgres, url):
 
 
 @pytest.mark.fault("X4")
-@pytest.mark.parametrize("how", ["PGPASSWORD", "PGPASSFILE"])
+@pytest.mark.parametrize("how", [pytest.param("PGPASSWORD", marks=pytest.mark.slow), "PGPASSFILE"])
 def test_x4_a_password_is_taken_from_where_it_is_safe(guarded, tmp_path, monkeypatch, how):
     file = tmp_path / "passwords"
     file.write_text("*:*:*:*:s3cr3t@{}\n")
@@ -333,7 +333,9 @@ def test_a_target_that_holds_the_study_is_refused_and_nothing_changes(url, file)
     assert (content(url), content(file)) == before
 
 
-@pytest.mark.parametrize("at", ["_write", "_clear", "_leave_note"])
+@pytest.mark.parametrize(
+    "at", ["_write", pytest.param("_clear", marks=pytest.mark.slow), "_leave_note"]
+)
 def test_a_move_that_is_cut_off_is_finished_by_the_same_command(url, file, monkeypatch, at):
     add_trials(file)
     before = content(file)
