@@ -262,7 +262,7 @@ def test_deaths_before_ready_end_the_run(make, ending, most):
         assert heard(pool) == []
     engine.started[most - 1].say("described", name="mine")  # that is not ready
     engine.started[most - 1].die(ending)
-    rule = f"{most} workers in a row died before they were ready; the last ended by signal 9, see worker"
+    rule = f"{most} workers in a row died before they were ready; the last ended by signal 9"
     with pytest.raises(SearchError, match=rule) as caught:
         pool.wait_for_space()
     assert caught.value.detail == "ended by signal 9\nlast words"
