@@ -179,3 +179,9 @@ def _row(trial: FrozenTrial) -> Row:
         reason=attrs.get("reason", ""),
         params=trial.params,
     )
+
+
+def spread(part: Mapping[str, Any], name: str, num_seeds: int) -> str:
+    """A figure of `{"mean": {...}, "std": {...}}` in words; one seed has no spread to show."""
+    mean = f"{part['mean'][name]:.4f}"
+    return f"{mean} ± {part['std'][name]:.4f}" if num_seeds > 1 else mean
