@@ -123,8 +123,9 @@ def best_step(trial: FrozenTrial) -> int:
 
 def saved_share(study: optuna.Study) -> float:
     """Share of the training that pruning saved, 0 to 1; trials that failed do not count."""
-    num_reports = study.user_attrs["run"]["num_reports"]
-    if study.user_attrs["run"].get("fixed", {}).get("kind") == "comparison":
+    run = study.user_attrs["run"]  # read from the storage, with all else
+    num_reports = run["num_reports"]
+    if run.get("fixed", {}).get("kind") == "comparison":
         return 0.0
     counted = [
         trial.last_step or 0
