@@ -73,6 +73,7 @@ class Coordinator:
         # Reasons of failures, as long as nothing else has happened; else None.
         self._failures: list[str] | None
         self._failures = None if any(trial.state in usable for trial in trials) else []
+        self._all_known_tried = False
         self._running: dict[int, UnfinishedTrial] = {}  # by slot
         self._waiting = deque(self._adopt())
 
@@ -138,8 +139,11 @@ class Coordinator:
 
     def _enqueue_known_point(self) -> None:
         """One at a time and whole: Optuna samples what a point leaves out, without a word."""
+        if self._all_known_tried:  # nothing to look for in all trials, each time
+            return
         trials = self._trials()
         tried = sum("known_point" in trial.user_attrs for trial in trials)
+        self._all_known_tried = tried == len(self._known_points)
         # One may be left in the queue by a coordinator that died before it asked.
         queued = any(trial.state == TrialState.WAITING for trial in trials)
         if tried < len(self._known_points) and not queued:

@@ -145,13 +145,11 @@ def print_reproduced(figures: dict[str, Any], folder: Path) -> None:
     config, (winner,) = figures["config"], figures["winners"]
     table = _table("", "now", "config", "difference")
     for name in _FIGURES:
-        mean, std = winner["test"]["mean"][name], winner["test"]["std"][name]
-        was, was_std = config["test"]["mean"][name], config["test"]["std"][name]
         table.add_row(
             f"test {name}",
-            f"{mean:.4f} ± {std:.4f}",
-            f"{was:.4f} ± {was_std:.4f}",
-            f"{mean - was:+.4f}",
+            results.spread(winner["test"], name, len(winner["seeds"])),
+            results.spread(config["test"], name, len(config["training"]["seeds"])),
+            f"{winner['test']['mean'][name] - config['test']['mean'][name]:+.4f}",
         )
     table.add_row("seeds", str(len(winner["seeds"])), str(len(config["training"]["seeds"])), "")
     _console.print(table)
@@ -215,8 +213,8 @@ def _print_winners(figures: dict[str, Any]) -> None:
     table = _table("", *(f"trial {winner['trial']}" for winner in winners))
     table.add_row("validation accuracy", *(f"{w['validation_accuracy']:.4f}" for w in winners))
     for name in _FIGURES:
-        means = [(w["test"]["mean"][name], w["test"]["std"][name]) for w in winners]
-        table.add_row(f"test {name}", *(f"{mean:.4f} ± {std:.4f}" for mean, std in means))
+        figures_ = (results.spread(w["test"], name, len(w["seeds"])) for w in winners)
+        table.add_row(f"test {name}", *figures_)
     table.add_row("seeds", *(str(len(winner["seeds"])) for winner in winners))
     table.add_row("epochs", *(f"{winner['epochs']:g}" for winner in winners))
     table.add_row("parameters", *(f"{winner['parameters']:,}" for winner in winners))
@@ -238,32 +236,25 @@ def _print_compared(figures: dict[str, Any]) -> None:
     for winner in winners:
         name = results.point_name(winner["params"])
         label = f"{name} ({winner['weights']})" if winner["weights"] else name
-        here = {
-            f"{short}_{figure}": (winner[part]["mean"][figure], winner[part]["std"][figure])
-            for short, part in (("train", "train"), ("val", "validation"), ("test", "test"))
-            for figure in winner[part]["mean"]
-        }
+        here = {"train": winner["train"], "val": winner["validation"], "test": winner["test"]}
+        num_seeds = len(winner["seeds"])
         table.add_row(
             label,
-            *(_spread(here[f"{part}_accuracy"]) for part in ("train", "val", "test")),
-            str(len(winner["seeds"])),
+            *(results.spread(part, "accuracy", num_seeds) for part in here.values()),
+            str(num_seeds),
             f"{winner['epochs']:.1f}",
             f"{winner['parameters']:,}",
         )
         for figure, there in winner["published"].items():
-            mean, std = here[figure]
-            published.add_row(
-                name, figure, f"{there:.4f}", _spread((mean, std)), f"{mean - there:+.4f}"
-            )
+            part, _, what = figure.partition("_")
+            ours, difference = here[part], here[part]["mean"][what] - there
+            shown = results.spread(ours, what, num_seeds)
+            published.add_row(name, figure, f"{there:.4f}", shown, f"{difference:+.4f}")
     _console.print(table)
     if published.rows:
         _console.print(published)
     seconds = figures["search"]["seconds"]
     _console.print(f"trained in {duration(seconds)}")
-
-
-def _spread(figure: tuple[float, float]) -> str:
-    return f"{figure[0]:.4f} ± {figure[1]:.4f}"
 
 
 def _print_pairs(heading: str, pairs: dict[str, Any]) -> None:

@@ -128,14 +128,17 @@ def _ending(trial: FrozenTrial, num_reports: int | None, standing: Standing | No
 
 def _of_winner(winner: Mapping[str, Any], rank: int, class_names: Sequence[str]) -> Iterator[str]:
     seeds, test = winner["seeds"], winner["test"]
-    yield f"## Winner {rank}: test accuracy {_spread(test, 'accuracy')}"
+    accuracy = results.spread(test, "accuracy", len(seeds))
+    yield f"## Winner {rank}: test accuracy {accuracy}"
     yield ""
     yield (
         f"Trained again with {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} for "
         f"{winner['epochs']:g} epochs, and measured once on the test set: mean ± standard deviation"
     )
     yield ""
-    yield from _table(("test", ""), ((name, _spread(test, name)) for name in test["mean"]))
+    yield from _table(
+        ("test", ""), ((name, results.spread(test, name, len(seeds))) for name in test["mean"])
+    )
     # Summed over the seeds: rows are the true classes.
     matrices = [seed["test"]["confusion_matrix"] for seed in seeds]
     matrix = [
@@ -170,7 +173,8 @@ def _best_so_far(study: optuna.Study, trial: FrozenTrial) -> Iterator[str]:
 
 def _answer(study: optuna.Study, figures: Mapping[str, Any]) -> Iterator[str]:
     first, search = figures["winners"][0], figures["search"]
-    yield f"## Trial {first['trial']}: test accuracy {_spread(first['test'], 'accuracy')}"
+    accuracy = results.spread(first["test"], "accuracy", len(first["seeds"]))
+    yield f"## Trial {first['trial']}: test accuracy {accuracy}"
     yield ""
     yield (
         f"{search['trials']} trials: {search['complete']} complete, {search['pruned']} pruned, "
@@ -185,7 +189,7 @@ def _answer(study: optuna.Study, figures: Mapping[str, Any]) -> Iterator[str]:
             (
                 f"trial {winner['trial']}",
                 f"{winner['validation_accuracy']:.4f}",
-                _spread(winner["test"], "accuracy"),
+                results.spread(winner["test"], "accuracy", len(winner["seeds"])),
                 len(winner["seeds"]),
                 f"{winner['epochs']:g}",
                 f"{winner['parameters']:,}",
@@ -204,10 +208,6 @@ def _answer(study: optuna.Study, figures: Mapping[str, Any]) -> Iterator[str]:
 def _metric(study: optuna.Study) -> str:
     kind = study.user_attrs.get("run", {}).get("fixed", {}).get("kind", "objective")
     return "value" if kind == "objective" else "validation accuracy"
-
-
-def _spread(part: Mapping[str, Any], name: str) -> str:
-    return f"{part['mean'][name]:.4f} ± {part['std'][name]:.4f}"
 
 
 def _scaled(number: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import traceback
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -81,7 +82,12 @@ class Objective:
         keras.utils.set_random_seed(message["seed"])
         space = self._space(self._search_images)
         hp = TrialHyperParameters(trial)
-        model = space.build(hp)
+        try:
+            model = space.build(hp)
+        except ValueError as error:  # the default point is a model, as `describe` has seen
+            if _is_from_here(error):  # what a suggestion was refused for is a mistake in the code
+                raise
+            return {"outcome": "invalid", "reason": f"it can't be built: {error}"}
         try:
             check_can_be_loaded(model)
         except ValueError as error:  # another branch of the space than the one described
@@ -229,3 +235,9 @@ class Objective:
         except ValueError as error:
             raise ValueError(f"known_points of study {self._study.name!r}: {error}") from None
         return dict(hp.values)
+
+
+def _is_from_here(error: Exception) -> bool:
+    """Whether this project raised it, and not Keras or the space."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).parent == Path(__file__).parent

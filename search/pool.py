@@ -33,6 +33,7 @@ SILENT_INTERVALS = 10
 LEAST_SILENCE = 300.0  # seconds
 OUT_OF_MEMORY = "out_of_memory"  # how an attempt ended, where there is evidence
 _MAX_FAILED_STARTS = 3  # workers in a row that die before they are ready
+_MAX_KILLED_STARTS = 12  # the same by signals: somebody else may send them, or memory lacks
 
 
 class Interrupted(Exception):
@@ -335,7 +336,8 @@ class Pool:
         # Once one has been ready, a worker that is killed while it starts says nothing about us.
         if not was_ready and (self.space is None or not worker.was_killed()):
             self._failed_starts += 1
-        if self._failed_starts >= _MAX_FAILED_STARTS:
+        most = _MAX_KILLED_STARTS if worker.was_killed() else _MAX_FAILED_STARTS
+        if self._failed_starts >= most:
             raise SearchError(
                 f"{self._failed_starts} workers in a row died before they were ready; the last "
                 f"{how.splitlines()[0]}, see {worker.log}",

@@ -123,8 +123,9 @@ def best_step(trial: FrozenTrial) -> int:
 
 def saved_share(study: optuna.Study) -> float:
     """Share of the training that pruning saved, 0 to 1; trials that failed do not count."""
-    num_reports = study.user_attrs["run"]["num_reports"]
-    if study.user_attrs["run"].get("fixed", {}).get("kind") == "comparison":
+    run = study.user_attrs["run"]  # read from the storage, with all else
+    num_reports = run["num_reports"]
+    if run.get("fixed", {}).get("kind") == "comparison":
         return 0.0
     counted = [
         trial.last_step or 0
@@ -179,3 +180,9 @@ def _row(trial: FrozenTrial) -> Row:
         reason=attrs.get("reason", ""),
         params=trial.params,
     )
+
+
+def spread(part: Mapping[str, Any], name: str, num_seeds: int) -> str:
+    """A figure of `{"mean": {...}, "std": {...}}` in words; one seed has no spread to show."""
+    mean = f"{part['mean'][name]:.4f}"
+    return f"{mean} ± {part['std'][name]:.4f}" if num_seeds > 1 else mean

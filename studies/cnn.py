@@ -37,7 +37,8 @@ OVERFIT_CNN = BASIC_CNN | {"num_blocks": 3, "last_block_pools": False}
 REGULARISED_CNN = OVERFIT_CNN | {"conv_dropout": 0.25, "dense_dropout": 0.5}
 DROPOUT_CNN = BASIC_CNN | {"conv_dropout": 0.25, "dense_dropout": 0.5}
 SHALLOW_CNN = BASIC_CNN | {"dense_dropout": 0.5}
-DEEP_CNN = BASIC_CNN | {"num_blocks": 3}
+# With "valid" its third pooling would leave one position.
+DEEP_CNN = BASIC_CNN | {"num_blocks": 3, "padding": "same"}
 BATCHNORM_CNN = DEEP_CNN | {"batch_norm": True, "conv_dropout": 0.25, "dense_dropout": 0.5}
 PLATEAU_CNN = BATCHNORM_CNN | {"schedule": "plateau"}
 ADVANCED_CNN = DROPOUT_CNN | {"convs_per_block": 2, "batch_norm": True}

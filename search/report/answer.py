@@ -11,7 +11,7 @@ from search.report import bars, page
 from search.report.bars import name_of
 from search.report.page import Html, text
 from search.report.source import Run
-from search.results import short
+from search.results import short, spread
 
 _WHY_NO_METRICS = {
     "space": "The winners have not been retrained yet: there is no test accuracy. What is shown is "
@@ -160,15 +160,16 @@ def _compared(run: Run) -> list[Html]:
     for winner in run.winners:
         name = name_of(winner, run)
         here = {part: winner[part] for part in _PARTS.values()}
-        accuracies = (_spread(here[part], "accuracy") for part in _PARTS.values())
-        rows.append((name, *accuracies, len(winner["seeds"]), f"{winner['epochs']:.1f}",
+        num_seeds = len(winner["seeds"])
+        accuracies = (spread(here[part], "accuracy", num_seeds) for part in _PARTS.values())
+        rows.append((name, *accuracies, num_seeds, f"{winner['epochs']:.1f}",
                      f"{winner['parameters']:,}"))  # fmt: skip
         for figure, there in winner["published"].items():
             short, _, what = figure.partition("_")
             ours = here[_PARTS[short]]
             difference = ours["mean"][what] - there
             published.append((name, f"{_PARTS[short]} {what}", f"{there:.4f}",
-                              _spread(ours, what), f"{difference:+.4f}"))  # fmt: skip
+                              spread(ours, what, num_seeds), f"{difference:+.4f}"))  # fmt: skip
     made = [
         page.heading("All points", "Accuracy, mean ± standard deviation over the seeds."),
         page.table(("", "train", "validation", "test", "seeds", "epochs", "parameters"), rows),
@@ -179,7 +180,3 @@ def _compared(run: Run) -> list[Html]:
             page.table(("", "figure", "published", "here", "difference"), published),
         ]
     return made
-
-
-def _spread(of: Any, figure: str) -> str:
-    return f"{of['mean'][figure]:.4f} ± {of['std'][figure]:.4f}"

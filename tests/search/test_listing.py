@@ -147,3 +147,9 @@ def test_curves_keep_to_their_width(width, num_reports):
 
 def test_nothing_to_draw_is_no_plot():
     assert curves({"a": [None], "b": []}, width=40) == []
+
+
+def test_one_seed_has_no_spread():
+    part = {"mean": {"accuracy": 0.91234}, "std": {"accuracy": 0.001}}
+    assert results.spread(part, "accuracy", 1) == "0.9123"
+    assert results.spread(part, "accuracy", 2) == "0.9123 ± 0.0010"

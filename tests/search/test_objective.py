@@ -415,6 +415,26 @@ def test_a_step_that_does_not_fit_into_memory_is_not_tried():
     assert outcome["reason"].startswith("a step of 1000000000 images needs about ")
 
 
+class Shrinking(Small):
+    """No model where its kernel is wider than the image."""
+
+    def build(self, hp):
+        model = super().build(hp)
+        shape = model.input_shape[1:]
+        wide = keras.layers.Conv2D(1, hp.Int("kernel", 3, 99))
+        wide(keras.Input((*shape, 1)[:3]))
+        return model
+
+
+@pytest.mark.fault("N4")
+def test_a_point_that_keras_cannot_build_is_invalid():
+    assert tasks(Shrinking).describe()
+    outcome = tasks(Shrinking).trial(Trial(kernel=50), MESSAGE)
+    assert outcome["outcome"] == "invalid"
+    assert outcome["reason"].startswith("it can't be built: ")
+    assert tasks(Shrinking).trial(Trial(), MESSAGE)["outcome"] == "complete"
+
+
 def test_a_killed_trial_goes_on_after_its_last_report(tmp_path, monkeypatch):
     monkeypatch.setattr("search.checkpoints.SHARE", 1e9)
     message = MESSAGE | {"checkpoint": str(tmp_path / "trial-0.npz")}

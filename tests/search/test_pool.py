@@ -261,15 +261,15 @@ def test_what_made_sense_before_the_nonsense_counts(busy):
     assert len(busy.engine.started) == 2
 
 
-@pytest.mark.parametrize("ending", [-9, 3])
-def test_three_deaths_before_ready_end_the_run(make, ending):
+@pytest.mark.parametrize(("ending", "most"), [(-9, 12), (3, 3)])
+def test_deaths_before_ready_end_the_run(make, ending, most):
     pool, engine = make()
-    for number in range(2):
+    for number in range(most - 1):
         engine.started[number].die(ending)
         assert heard(pool) == []
-    engine.started[2].say("described", name="mine")  # that is not ready
-    engine.started[2].die(ending)
-    rule = "3 workers in a row died before they were ready; the last ended by signal 9, see worker"
+    engine.started[most - 1].say("described", name="mine")  # that is not ready
+    engine.started[most - 1].die(ending)
+    rule = f"{most} workers in a row died before they were ready; the last ended by signal 9"
     with pytest.raises(SearchError, match=rule) as caught:
         pool.wait_for_space()
     assert caught.value.detail == "ended by signal 9\nlast words"

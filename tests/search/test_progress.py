@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -186,9 +187,9 @@ def terminal(tmp_path):
     opened = []
     (tmp_path / "sleeper.py").write_text(SLEEPER)
 
-    def start(**options):
+    def start(*arguments, **options):
         command = ["--study", str(tmp_path / "sleeper.py"), "--out", str(tmp_path / "run")]
-        opened.append(Terminal(*command, "--workers", "2", **options))
+        opened.append(Terminal(*command, "--workers", "2", *arguments, **options))
         return opened[-1]
 
     yield start
@@ -196,22 +197,24 @@ def terminal(tmp_path):
         each.close()
 
 
-@pytest.mark.slow  # two workers start, twelve trials of half a second
+@pytest.mark.slow  # two workers start, some trials of half a second
 def test_a_terminal_that_is_made_narrower_meanwhile(terminal):
-    shown = terminal(columns=100)
+    shown = terminal("--trials", "1000", columns=100)  # it is ended below
     wide = shown.read(until="best 0.")
     assert "images/s" in wide
     assert max(map(len, frames(wide))) <= 100
     shown.resize(60)
     assert CLEARED in shown.read(until=CLEARED)  # the new width is seen
-    shown.read(until="9 of 12")
+    shown.read(until="of 1000")
+    shown.read(seconds=1)
     narrow = shown.text.rpartition(CLEARED)[2]
-    assert "9 of 12" in narrow
+    assert "of 1000" in narrow
     assert max(map(len, frames(narrow))) <= 60
     assert "images/s" not in narrow
+    shown.process.send_signal(signal.SIGINT)
     shown.read()
-    assert shown.process.wait(timeout=20) == 0
-    assert "12 of 12 trials finished" in shown.text
+    assert shown.process.wait(timeout=20) == 130
+    assert "the same command goes on" in shown.text
 
 
 @pytest.mark.slow  # as above
