@@ -237,7 +237,8 @@ def _parameters(url: str) -> dict[str, Any]:
     named = dict(parse_qsl(match["query"] or "", keep_blank_values=True))
     if named.keys() - _PARAMETERS:
         raise SearchError(
-            f"a PostgreSQL URL takes ?{', '.join(sorted(_PARAMETERS))}. Received another parameter",
+            "a PostgreSQL URL is written without a password (it stands in PGPASSFILE, ~/.pgpass or "
+            f"PGPASSWORD) and takes ?{', '.join(sorted(_PARAMETERS))}. Received another parameter",
             exit_code=EXIT_USAGE,
         )
     parts = {name: unquote(value) for name, value in match.groupdict().items() if value}
