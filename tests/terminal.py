@@ -25,10 +25,12 @@ class Terminal:
     def __init__(self, *arguments: str, columns: int, lines: int = 24, **environment: str):
         self._master, slave = pty.openpty()
         self.resize(columns, lines)
+        # These would stand for the terminal's own size; pytest-xdist sets them in its processes.
+        inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "search", *arguments],
             cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            env={**os.environ, "TERM": "xterm-256color", **environment},
+            env={**inherited, "TERM": "xterm-256color", **environment},
         )  # fmt: skip
         os.close(slave)
         self.text = ""
