@@ -10,6 +10,7 @@ stays. A kill at any point leaves it whole in one of them at least, and the same
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ _OF_TRIAL: list[Table] = [
     models.TrialIntermediateValueModel.__table__,
 ]
 _HEARTBEATS: Table = models.TrialHeartbeatModel.__table__
+_NOTE = re.compile(r"dashboard:(\d+):(note_.*)")  # search/notes.py
 _BATCH = 1_000  # rows of one statement
 Content = dict[str, list[dict[str, Any]]]  # table -> rows, their keys replaced by trial numbers
 
@@ -100,11 +102,12 @@ def _content(connection: Connection, name: str) -> Content:
     if study is None:
         return {}
     content: Content = {}
-    for table in _OF_STUDY:
-        query = sqlalchemy.select(table).where(table.c.study_id == study)
-        content[table.name] = _sorted(_plain(table, row) for row in connection.execute(query))
     trials = list(connection.execute(sqlalchemy.select(_TRIALS).where(_TRIALS.c.study_id == study)))
     numbers = {row.trial_id: row.number for row in trials}
+    for table in _OF_STUDY:
+        query = sqlalchemy.select(table).where(table.c.study_id == study)
+        rows = (_plain(table, row) for row in connection.execute(query))
+        content[table.name] = _sorted(_renamed(row, numbers) for row in rows)
     content[_TRIALS.name] = _sorted(_plain(_TRIALS, row) for row in trials)
     for table in _OF_TRIAL:
         query = sqlalchemy.select(table).where(table.c.trial_id.in_(_trials_of(study)))
@@ -120,6 +123,13 @@ def _plain(table: Table, row: sqlalchemy.Row) -> dict[str, Any]:
     return {name: value for name, value in row._mapping.items() if name not in keys}
 
 
+def _renamed(row: dict[str, Any], names: dict[int, int]) -> dict[str, Any]:
+    """A study's row; the dashboard's notes name their trial by a key that is another there."""
+    if not (match := _NOTE.fullmatch(row.get("key") or "")) or int(match[1]) not in names:
+        return row
+    return {**row, "key": f"dashboard:{names[int(match[1])]}:{match[2]}"}
+
+
 def _sorted(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     """In the same order whatever the database: by number, step, key."""
     names = ("number", "objective", "step", "key", "param_name")
@@ -129,11 +139,12 @@ def _sorted(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _write(connection: Connection, name: str, content: Content) -> None:
     study = _make(connection, name)
-    for table in _OF_STUDY:
-        _insert(connection, table, ({**row, "study_id": study} for row in content[table.name]))
     _insert(connection, _TRIALS, ({**row, "study_id": study} for row in content[_TRIALS.name]))
     query = sqlalchemy.select(_TRIALS.c.number, _TRIALS.c.trial_id)
     ids = dict(connection.execute(query.where(_TRIALS.c.study_id == study)).all())
+    for table in _OF_STUDY:
+        rows = (_renamed(row, ids) for row in content[table.name])
+        _insert(connection, table, ({**row, "study_id": study} for row in rows))
     for table in _OF_TRIAL:
         _insert(
             connection,

@@ -1,4 +1,4 @@
-"""Commands that train what a run has stored, and the one that mends it."""
+"""Commands that train what a run has stored, and those that mend or move its study."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from search import moving, storage
+from search import moving, notes, storage
 from search.errors import EXIT_STORAGE_LOST, EXIT_USAGE, SearchError
 from tests import invariants
 from tests.command import Command
@@ -33,10 +33,10 @@ def url(postgres):
     return postgres.database()
 
 
-def add_trials(url, number=3):
+def add_trials(url, number=3, name="mine"):
     database = storage.at(url)
-    with database.lock("mine"):
-        study = database.open("mine")
+    with database.lock(name):
+        study = database.open(name)
         study.set_user_attr("run", {"seed": 1, "text": "ü\u0000"})
         study._storage.set_study_system_attr(study._study_id, "inner", [1.5])
         for _ in range(number):
@@ -321,6 +321,26 @@ def test_a_study_goes_to_postgresql_and_back_with_everything(url, file):
         study = database.open("mine")
         assert study.ask().number == 5  # the one that was enqueued
         assert study.ask().number == 6
+
+
+def test_a_note_goes_with_its_trial_whatever_its_key_is_there(url, file):
+    add_trials(url, name="another")  # so that keys differ
+    add_trials(file)
+    with storage.at(file).lock("mine"):
+        notes.save_missing(storage.open_study(file, "mine"))
+    bodies = [note_of(file, number) for number in range(3)]
+    moving.move("mine", storage.at(file), storage.at(url))
+    assert [note_of(url, number) for number in range(3)] == bodies
+    moving.move("mine", storage.at(url), storage.at(file))
+    assert [note_of(file, number) for number in range(3)] == bodies
+
+
+def note_of(at, number):
+    """Its first piece, as the dashboard finds it."""
+    study = storage.read_study(at, "mine")
+    key = study.trials[number]._trial_id
+    attrs = study._storage.get_study_system_attrs(study._study_id)
+    return attrs[f"dashboard:{key}:note_str:0"]
 
 
 def test_a_target_that_holds_the_study_is_refused_and_nothing_changes(url, file):
