@@ -103,7 +103,7 @@ def print_coordinator(given: argparse.Namespace) -> None:
                 folder = Path(name) / f"{num_workers}-{num_trials}"
                 folder.mkdir()
                 shutil.copy(database, folder / "study.db")
-                found = _case(folder, num_workers, given)
+                found = case(folder, num_workers, given)
                 print_case(num_workers, num_trials, found)
 
 
@@ -119,7 +119,7 @@ def print_case(num_workers: int, num_trials: int, found: dict[str, Any]) -> None
         print(f"  ask is above the bar of {BARS['ask']:g} s")
 
 
-def _case(folder: Path, num_workers: int, given: argparse.Namespace) -> dict[str, Any]:
+def case(folder: Path, num_workers: int, given: argparse.Namespace) -> dict[str, Any]:
     """Measured in a process of its own, whose memory is nothing else's."""
     command = [sys.executable, "-m", "tests.benchmarks.overheads", "--case", str(folder)]
     command += ["--workers", str(num_workers), "--seconds", str(given.seconds)]
@@ -288,6 +288,7 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         profile.disable()
         seconds = time.perf_counter() - began
         cpu = sum(process.cpu_times()[:2]) - cpu
+        of_workers = [child.memory_info().rss for child in process.children(recursive=True)]
     if given.profile:
         profile.dump_stats(given.profile)
     trials = opened.get_trials(deepcopy=False)[before:]
@@ -300,6 +301,7 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         "reports": len(took["report"]) / seconds,
         "cpu": cpu / seconds,
         "rss": process.memory_info().rss,
+        "worker_rss": max(of_workers),
         "open": open_seconds,
     }
 

@@ -1,3 +1,7 @@
+import argparse
+import shutil
+
+import pytest
 from optuna.trial import TrialState, create_trial
 
 from search import storage
@@ -37,3 +41,21 @@ def test_copied_trials_are_a_study_as_optuna_reads_it(tmp_path, monkeypatch):
         assert len({trial.params["float_0"] for trial in trials}) == count
         noted = set(study._storage.get_study_system_attrs(study._study_id))
         assert {f"dashboard:{trial._trial_id}:note_ver" for trial in trials} <= noted
+
+
+@pytest.mark.slow
+@pytest.mark.fault("S7")
+def test_a_study_of_10_000_trials(tmp_path):
+    """The row's bounds are far above what an idle machine needs; a busy one stays below them."""
+    given = argparse.Namespace(seconds=10.0, pruner="asha", profile=None)
+    found = {}
+    for count, database in overheads.fill(tmp_path, [100, 10_000]).items():
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        shutil.copy(database, folder / "study.db")
+        found[count] = overheads.case(folder, 1, given)
+    many = found[10_000]
+    assert many["open"] < 6
+    assert many["ended"] > 0
+    assert overheads.percentile(many["ask"], 95) < 0.2
+    assert many["worker_rss"] < 1.1 * found[100]["worker_rss"]
