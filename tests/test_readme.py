@@ -54,7 +54,7 @@ def mine(tmp_path_factory):
 def test_its_space_and_study_run(mine):
     done = subprocess.run(
         [sys.executable, "-m", "search", "--study", str(mine / "mine.py"), "--out",
-         str(mine / "run"), "--trials", "2", "--epochs", "1", "--seeds", "1"],
+         str(mine / "run"), "--trials", "2", "--epochs", "1", "--seeds", "1", "--workers", "1"],
         cwd=ROOT, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ Point k is drawn at random with seed k, and trained for 6 epochs of the first 20
 training part, by one thread, as many points at a time as there are cores. After each 5 000 images:
 accuracy on the 2 500 images that a search looks at; after each epoch on all 10 000. The study's
 known points follow. Killed, the same command goes on with the points that are missing; one takes
-minutes.
+minutes. Seconds are the processor's, which work beside it hardly changes: `nice` does no harm.
 
 The packed table: space (JSON, as `hyperparameters.describe` gives it), params (JSON), known (one of
 the study's own points), parameters, flops, start (seconds until the first step has been done:
@@ -97,7 +97,7 @@ def work(given: argparse.Namespace) -> None:
 
 def curve(name: str, part: datasets.Split) -> dict[str, object]:
     """Train a point and measure its curve."""
-    began = time.perf_counter()
+    began = time.process_time()
     number = int(name.removeprefix(_KNOWN))
     keras.utils.set_random_seed(number)
     hp = known(number) if name.startswith(_KNOWN) else drawn(number)
@@ -155,17 +155,17 @@ class Watch(keras.callbacks.Callback):
         self._began, self._val = began, val
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._at = time.perf_counter()
+        self._at = time.process_time()
 
     def on_train_batch_end(self, batch, logs=None):
         if not self.first_step:
-            self.first_step = self._at = time.perf_counter()
+            self.first_step = self._at = time.process_time()
 
     def on_test_begin(self, logs=None):
-        self._tested = time.perf_counter()
+        self._tested = time.process_time()
 
     def on_epoch_end(self, epoch, logs=None):
-        now = time.perf_counter()
+        now = time.process_time()
         self.reports.append(
             {
                 "accuracy": logs["val_accuracy"],
@@ -177,7 +177,7 @@ class Watch(keras.callbacks.Callback):
         )
         if (epoch + 1) % REPORTS_PER_EPOCH == 0:
             self.epochs.append(training.accuracy(self.model, self._val))
-            self.final = time.perf_counter() - now
+            self.final = time.process_time() - now
 
 
 def pack(given: argparse.Namespace) -> None:

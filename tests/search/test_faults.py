@@ -199,7 +199,12 @@ def test_k7_a_second_signal_ends_it_at_once(command):
 
 @pytest.mark.fault("K7")
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
 )
 def test_k7_a_signal_leaves_everything_resumable(command, number, code):
     process = command.start("--trials", "12", "--workers", "2")
