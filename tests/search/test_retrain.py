@@ -9,7 +9,7 @@ from search.errors import SearchError
 from search.progress import View
 from search.retrain import Retraining, jobs_of
 from search.settings import Settings
-from tests.scripted import LOST, ScriptedPool
+from tests.scripted import LOST, LOST_FOR_MEMORY, ScriptedPool
 
 SPEED = {"fast": 1e6, "slow": 1.0}  # images/s of the trial: its retraining takes no time, or hours
 
@@ -214,6 +214,58 @@ def test_a_lost_worker_s_job_runs_again_until_max_attempts(study, tmp_path):
     pool._script = dies
     with pytest.raises(SearchError, match="trial-1-seed-1 lost its worker 3 times"):
         retrain(study, tmp_path, pool, seeds=2, max_attempts=3)
+
+
+EXHAUSTED = {"type": "finished", "outcome": "out_of_memory", "reason": "no memory", "rss": 1}
+
+
+@pytest.mark.fault("N3")
+@pytest.mark.parametrize("task", ["retrain", "evaluate"])
+@pytest.mark.parametrize("end", [EXHAUSTED, LOST_FOR_MEMORY])
+def test_a_job_out_of_memory_runs_once_more_alone(study, tmp_path, caplog, task, end):
+    caplog.set_level("INFO")
+    pool = pool_of(tmp_path, num_slots=3)
+    work = pool._script
+    attempts = []  # of the second job
+
+    def script(trial, attempt):
+        content = pool.given[-1][2]
+        is_second = content["task"] == task and "seed-1." in content["path"]
+        if is_second:
+            attempts.append(attempt)
+        return say(work(trial, attempt), is_second, attempt)
+
+    def say(words, is_second, attempt):
+        if is_second and attempt == 1:
+            yield end
+        for _ in range(3):
+            assert len(pool.busy()) == 1 or not (is_second and attempt == 2)
+            yield {"type": "progress"}
+        yield from words
+
+    pool._script = script
+    assert retrain(study, tmp_path, pool, seeds=6, max_attempts=1).is_done()
+    assert attempts == [1, 2]
+    assert len(pool.given) == 2 * 6 + 1
+    assert "trial-1-seed-1 runs again alone: its worker" in caplog.text
+
+
+@pytest.mark.fault("N3")
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [(EXHAUSTED, "its worker ran out of memory: no memory"),
+     (LOST_FOR_MEMORY, "its worker ended by signal 9")],
+)  # fmt: skip
+def test_a_job_out_of_memory_alone_is_the_end(study, tmp_path, end, how):
+    def script(trial, attempt):
+        yield end
+
+    pool = pool_of(tmp_path)
+    pool._script = script
+    message = rf"trial-1-seed-0 ran out of memory, with no other job beside it \({how}\); once"
+    with pytest.raises(SearchError, match=message):
+        retrain(study, tmp_path, pool, seeds=1)
+    assert [attempt for _, attempt, _ in pool.given] == [1, 2]
 
 
 def test_a_diverged_seed_is_noted_and_not_measured(study, tmp_path):
