@@ -72,7 +72,7 @@ class KerasTasks(Objective):
             return {"outcome": "diverged", "reason": f"loss was {last_loss}"}
         space.before_saving(model)
         path = Path(message["path"])
-        with artifacts.write_atomically(path) as beside:
+        with artifacts.write_atomically(path, num_bytes=_num_bytes(model)) as beside:
             model.save(beside)
         kept = _kept_report(callbacks)
         return {
@@ -192,6 +192,13 @@ class KerasTasks(Objective):
         """Of a comparison, those that suit the point, but never more than the run's."""
         epochs: float = message["epochs"]
         return min(epochs, self._space(1).epochs(hp)) if message["validated"] else epochs
+
+
+def _num_bytes(model: keras.Model) -> int:
+    """What its file takes, nearly: float32 weights and what the optimizer keeps of them."""
+    optimizer = getattr(model, "optimizer", None)
+    kept = optimizer.variables if optimizer else []
+    return 4 * sum(math.prod(variable.shape) for variable in (*model.weights, *kept))
 
 
 def _kept_report(callbacks: list[keras.callbacks.Callback]) -> int:
