@@ -67,9 +67,10 @@ class KerasTasks(Objective):
                     figures = training.measured(part, self._data.rows(inputs, self._data.at.val))
             num_reports = len(progress.history.get("loss", []))
             trained = num_reports * plan.steps_per_report * plan.batch_size / len(chosen)
-        last_loss = progress.history.get("loss", [0.0])[-1]
-        if not math.isfinite(last_loss):
-            return {"outcome": "diverged", "reason": f"loss was {last_loss}"}
+        if progress.diverged:
+            return {"outcome": "diverged", "reason": progress.diverged}
+        if found := training.unsound(figures):
+            return {"outcome": "diverged", "reason": f"{found} on the validation part"}
         space.before_saving(model)
         path = Path(message["path"])
         with artifacts.write_atomically(path, num_bytes=_num_bytes(model)) as beside:

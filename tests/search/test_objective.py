@@ -344,7 +344,7 @@ def test_a_winner_that_diverges_is_not_saved(tmp_path):
     outcome = tasks(diverging).retrain(
         lambda **_: None, winner(tmp_path, {"kind": "linear", "rate": 1.0})
     )
-    assert outcome == {"outcome": "diverged", "reason": "loss was nan"}
+    assert outcome == {"outcome": "diverged", "reason": "loss was nan at report 1"}
     assert list(tmp_path.iterdir()) == []
 
 
