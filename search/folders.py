@@ -32,9 +32,13 @@ def clean(folder: Path) -> None:
         artifacts.remove_partials(folder / name)
 
 
-def remove_scratch(folder: Path) -> None:
-    """What nothing reads any more once the winners are measured."""
-    for name in (FEATURES, CHECKPOINTS):
+def remove_scratch(folder: Path, *, checkpoints: bool = True) -> None:
+    """What nothing reads any more once the winners are measured.
+
+    Args:
+        checkpoints: those too; False while trainings are to go on from them.
+    """
+    for name in (FEATURES, CHECKPOINTS) if checkpoints else (FEATURES,):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

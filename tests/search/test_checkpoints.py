@@ -216,3 +216,23 @@ def test_a_search_that_is_killed_goes_on_in_the_middle_of_a_trial(alone, tmp_pat
     for killed, undisturbed in zip(curves(tmp_path), alone, strict=True):
         assert killed == pytest.approx(undisturbed, abs=1e-6)
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_winners_that_are_retrained_leave_a_running_trial_its_checkpoint(tmp_path):
+    process = search(tmp_path, "--epochs", "1")
+    _, output = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "quickstart")
+    study.ask()  # as a search has that was interrupted, or whose time was spent
+    study._storage.remove_session()
+    path = tmp_path / "checkpoints" / "trial-1.npz"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("how far it has come")
+    retrain = [sys.executable, "-m", "search", "retrain", "--study", "quickstart", "--seeds", "1"]
+    done = subprocess.run(
+        [*retrain, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "metrics.json").exists()
+    assert path.exists()
