@@ -28,7 +28,7 @@ NEEDED_BYTES = 200 * 2**20
 
 def clean(folder: Path) -> None:
     """What killed writers left; only where this project writes, since --out may be any folder."""
-    for name in (".", "models", "evaluation", "configs", CHECKPOINTS):
+    for name in (".", "models", "evaluation", "configs", "snapshots", CHECKPOINTS):
         artifacts.remove_partials(folder / name)
 
 
