@@ -238,9 +238,8 @@ class Retraining:
         elif message["type"] == "finished":
             del running[slot.index]
             if message["outcome"] not in ("complete", "diverged"):
-                raise SearchError(
-                    f"{job.stem} failed: {message['reason']}", detail=message.get("traceback", "")
-                )
+                why = message.get("reason", f"it ended as {message['outcome']}")
+                raise SearchError(f"{job.stem} failed: {why}", detail=message.get("traceback", ""))
             assert event.task is not None
             seconds = time.monotonic() - event.task.started
             store(job, {**message, "seconds": seconds})

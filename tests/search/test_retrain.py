@@ -283,6 +283,21 @@ def test_a_diverged_seed_is_noted_and_not_measured(study, tmp_path):
     assert retraining.jobs[0].record["diverged"] == "loss was nan"
 
 
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [({"outcome": "error", "reason": "no such layer"}, "no such layer"),
+     ({"outcome": "pruned"}, "it ended as pruned")],
+)  # fmt: skip
+def test_a_job_that_fails_ends_the_run_with_the_reason(study, tmp_path, end, why):
+    def script(trial, attempt):
+        yield {"type": "finished", "rss": 1, **end}
+
+    pool = pool_of(tmp_path)
+    pool._script = script
+    with pytest.raises(SearchError, match=f"trial-1-seed-0 failed: {why}"):
+        retrain(study, tmp_path, pool, seeds=1)
+
+
 def test_nothing_complete_is_nothing_usable(tmp_path):
     study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
     study.set_user_attr("run", {"num_reports": 8})
