@@ -84,7 +84,7 @@ def train(
     _build(model, train_data[1][:1])
     callbacks, done = list(callbacks), 0
     if checkpoints:
-        checkpoints.watch(callbacks)
+        checkpoints.watch(model, callbacks)
         callbacks.append(checkpoints)
         done = checkpoints.reports
     order = plan.order()[done * plan.steps_per_report * plan.batch_size :]

@@ -49,7 +49,7 @@ def data():
     return x, y
 
 
-def network():
+def network(filters=4):
     """All that has a state: dropout and augmentation draw, normalisation averages, rates decay."""
     keras.utils.set_random_seed(1)
     layers = [
@@ -57,7 +57,7 @@ def network():
         keras.layers.Rescaling(1 / 255),
         keras.layers.RandomFlip("horizontal"),
         keras.layers.RandomTranslation(0.1, 0.1),
-        keras.layers.Conv2D(4, 3),
+        keras.layers.Conv2D(filters, 3),
         keras.layers.BatchNormalization(),
         keras.layers.Flatten(),
         keras.layers.Dropout(0.3),
@@ -129,6 +129,20 @@ def test_a_checkpoint_of_another_training_is_not_taken(tmp_path):
     assert Checkpoints(tmp_path / "c.npz", {"training": "a"}).reports == 3
     assert Checkpoints(tmp_path / "c.npz", {"training": "b"}).reports == 0
     assert Checkpoints(tmp_path / "other.npz", {"training": "a"}).reports == 0
+
+
+@pytest.mark.parametrize("make", [network, decayed])
+def test_a_checkpoint_of_another_model_is_begun_again(tmp_path, caplog, make):
+    """Another layer, or other callbacks, than when it was killed."""
+
+    def wider():
+        return network(filters=5)
+
+    with pytest.raises(Killed):
+        train(wider if make is network else network, tmp_path / "c.npz", KillAfter(3))
+    history, _, _ = train(make, tmp_path / "c.npz", KillAfter(99))
+    assert "is of another model or other callbacks: begun again" in caplog.text
+    np.testing.assert_allclose(history["loss"], train(make)[0]["loss"], rtol=1e-5)
 
 
 @pytest.mark.fault("A2")
