@@ -244,6 +244,8 @@ class Retraining:
             seconds = time.monotonic() - event.task.started
             store(job, {**message, "seconds": seconds})
             self._save(job)
+            if checkpoint := self._checkpoint(job):  # not before it is written down that it is done
+                Path(checkpoint).unlink(missing_ok=True)
             reports = slot.status.get("of") or 0
             self._view.finished("complete", job.trial, None, reports=reports, seconds=seconds)
 
@@ -283,8 +285,6 @@ class Retraining:
         return str(Path(folder) / f"{job.stem}.npz") if folder else ""
 
     def _trained(self, job: Job, message: Message) -> None:
-        if checkpoint := self._checkpoint(job):
-            Path(checkpoint).unlink(missing_ok=True)
         if message["outcome"] == "diverged":
             job.record["diverged"] = message["reason"]
             logger.warning("%s diverged: %s", job.stem, message["reason"])

@@ -6,6 +6,7 @@ import pytest
 
 from search import artifacts, devices, storage
 from search.errors import SearchError
+from search.pool import Interrupted
 from search.progress import View
 from search.retrain import Retraining, jobs_of
 from search.settings import Settings
@@ -49,7 +50,7 @@ def study(tmp_path):
     return study
 
 
-def retrain(study, folder, pool, speed="fast", **changed):
+def retrain(study, folder, pool, speed="fast", save=None, **changed):
     made = settings(**changed)
     retraining = Retraining(
         jobs_of(study, made),
@@ -57,7 +58,7 @@ def retrain(study, folder, pool, speed="fast", **changed):
         images_per_epoch=2000,
         folder=folder,
         view=View(-1),
-        save=lambda job: study.set_user_attr(job.key, job.record),
+        save=save or (lambda job: study.set_user_attr(job.key, job.record)),
     )
     for job in retraining.jobs:
         job.images_per_second = SPEED[speed]
@@ -266,6 +267,23 @@ def test_a_job_out_of_memory_alone_is_the_end(study, tmp_path, end, how):
     with pytest.raises(SearchError, match=message):
         retrain(study, tmp_path, pool, seeds=1)
     assert [attempt for _, attempt, _ in pool.given] == [1, 2]
+
+
+@pytest.mark.fault("A3")
+def test_a_checkpoint_is_kept_until_what_it_led_to_is_stored(study, tmp_path):
+    checkpoint = tmp_path / "trial-1-seed-0.npz"
+    checkpoint.touch()
+
+    def interrupted(job):
+        raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        retrain(
+            study, tmp_path, pool_of(tmp_path), save=interrupted, seeds=1, checkpoints=str(tmp_path)
+        )
+    assert checkpoint.exists()
+    retrain(study, tmp_path, pool_of(tmp_path), seeds=1, checkpoints=str(tmp_path))
+    assert not checkpoint.exists()
 
 
 def test_a_diverged_seed_is_noted_and_not_measured(study, tmp_path):
