@@ -87,7 +87,9 @@ def train(
         checkpoints.watch(model, callbacks)
         callbacks.append(checkpoints)
         done = checkpoints.reports
-    order = plan.order()[done * plan.steps_per_report * plan.batch_size :]
+    # Of one that was killed at its end nothing is read, but Keras refuses an empty generator.
+    begin = min(done, plan.num_reports - 1)
+    order = plan.order()[begin * plan.steps_per_report * plan.batch_size :]
     history = model.fit(
         backend.training_batches(
             train_data[0], as_loss_wants(model, train_data[1]), order, plan.batch_size

@@ -41,6 +41,11 @@ class KillAfter(keras.callbacks.Callback):
         self._epoch = epoch
 
 
+class KillAtTheEnd(KillAfter):
+    def on_train_end(self, logs=None):
+        raise Killed
+
+
 def data():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 60).astype(np.uint8)
@@ -119,6 +124,18 @@ def test_the_curve_is_that_of_a_training_left_alone(tmp_path, make, kills):
     assert history.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(history[name], values, rtol=1e-5, atol=1e-6)
+    for weight, other in zip(resumed.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_training_that_is_killed_at_its_end_has_nothing_left_to_do(tmp_path):
+    """As a winner's while its model is saved; on JAX it must not be given an empty generator."""
+    with pytest.raises(Killed):
+        train(decayed, tmp_path / "c.npz", KillAtTheEnd(99))
+    history, resumed, began = train(decayed, tmp_path / "c.npz", KillAfter(99))
+    assert began == PLAN.num_reports
+    expected, model, _ = train(decayed)
+    np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-5)
     for weight, other in zip(resumed.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_allclose(weight, other, rtol=1e-5, atol=1e-6)
 
