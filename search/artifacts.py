@@ -34,7 +34,8 @@ def write_atomically(
     Args:
         path: the final name; its folder is made where missing.
         inside: a folder that the real path must not leave through a symbolic link.
-        num_bytes: how much will be written, where known; only the message of a full disk uses it.
+        num_bytes: how much will be written, as nearly as is known; only the message of a full
+            disk uses it.
 
     Yields:
         A path in the same folder with the same suffix (Keras saves only to `.keras`). The block
@@ -161,6 +162,7 @@ def _why_unwritten(final: Path, temporary: Path, error: OSError, num_bytes: int 
     if not final.parent.is_dir():
         return f"{why} Fix: make the folder {final.parent} writable, or choose another"
     written = temporary.stat().st_size if temporary.exists() else 0
-    needed = f"{num_bytes} bytes" if num_bytes else f"more than {written} bytes"
-    free = shutil.disk_usage(final.parent).free
+    is_known = num_bytes is not None and num_bytes >= written
+    needed = f"{num_bytes} bytes" if is_known else f"more than {written} bytes"
+    free = shutil.disk_usage(final.parent).free + written  # which is about to be removed
     return f"{why} It needs {needed}, {free} are free. Fix: free that much, or check permissions"

@@ -57,9 +57,17 @@ class Checkpoints(keras.callbacks.Callback):
         """How many reports the checkpoint that was found lies behind; 0 for none."""
         return self._found["reports"] if self._found else 0
 
-    def watch(self, callbacks: Iterable[keras.callbacks.Callback]) -> None:
-        """Whose state is kept, in an order that is the same in each attempt."""
+    def watch(self, model: keras.Model, callbacks: Iterable[keras.callbacks.Callback]) -> None:
+        """Whose state is kept, the callbacks in an order that is the same in each attempt.
+
+        What was found is left where it is another model's: the space's code has changed, or the
+        frozen part is trained along this time for want of room.
+        """
+        self.set_model(model)
         self._others = tuple(callbacks)
+        if self._found and not self._suits(self._found):
+            logger.warning("%s is of another model or other callbacks: begun again", self._path)
+            self._found = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._saved = time.monotonic()
@@ -67,7 +75,6 @@ class Checkpoints(keras.callbacks.Callback):
         self._cost = 3 * 4 * self.model.count_params() / _BYTES_PER_SECOND
         if not self._found:
             return
-        self.model.optimizer.build(self.model.trainable_variables)
         arrays = self._found["arrays"]
         for variable, value in zip(self._variables(), arrays["variables"], strict=True):
             variable.assign(value)
@@ -86,6 +93,13 @@ class Checkpoints(keras.callbacks.Callback):
             logger.warning("no checkpoint: %s", error)
         self._saved = time.monotonic()
         self._cost = self._saved - began
+
+    def _suits(self, found: dict[str, Any]) -> bool:
+        self.model.optimizer.build(self.model.trainable_variables)
+        shapes = [tuple(variable.shape) for variable in self._variables()]
+        return len(found["callbacks"]) == len(self._others) and shapes == [
+            array.shape for array in found["arrays"]["variables"]
+        ]
 
     def _variables(self) -> list[Any]:
         # Not model.variables: it holds the metrics' as well, once there are some.

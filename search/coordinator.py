@@ -124,14 +124,15 @@ class Coordinator:
         return waiting
 
     def _next(self) -> UnfinishedTrial | None:
+        unfinished = sum(not trial.told for trial in self._running.values())
+        # More may be left from a run that was to have more.
+        if self._num_finished + unfinished >= self._settings.trials:
+            return None
         if any(trial.is_alone for trial in self._running.values()):
             return None
         if self._waiting:
             waits = self._waiting[0].is_alone and self._running
             return None if waits else self._waiting.popleft()
-        unfinished = sum(not trial.told for trial in self._running.values())
-        if self._num_finished + unfinished >= self._settings.trials:
-            return None
         self._enqueue_known_point()
         self._study.sampler = sampling.sampler("random", self._settings.seed)
         asked = self._study.ask()

@@ -28,13 +28,17 @@ NEEDED_BYTES = 200 * 2**20
 
 def clean(folder: Path) -> None:
     """What killed writers left; only where this project writes, since --out may be any folder."""
-    for name in (".", "models", "evaluation", "configs", CHECKPOINTS):
+    for name in (".", "models", "evaluation", "configs", "snapshots", CHECKPOINTS):
         artifacts.remove_partials(folder / name)
 
 
-def remove_scratch(folder: Path) -> None:
-    """What nothing reads any more once the winners are measured."""
-    for name in (FEATURES, CHECKPOINTS):
+def remove_scratch(folder: Path, *, checkpoints: bool = True) -> None:
+    """What nothing reads any more once the winners are measured.
+
+    Args:
+        checkpoints: those too; False while trainings are to go on from them.
+    """
+    for name in (FEATURES, CHECKPOINTS) if checkpoints else (FEATURES,):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import TrialState
+
 from search import (
     artifacts,
     catalogue,
@@ -177,8 +179,10 @@ class _Journey:
                 retraining = self._retraining(settings)
                 folders.check(self._folder, "--out")  # the search may have filled the disk
                 retraining.run(pool)
-                folders.remove_scratch(self._folder)
-                if checkpoints := self._checkpoints():
+                # Trials that an interruption or a spent time budget left running need theirs.
+                is_over = not self._is_any_running()
+                folders.remove_scratch(self._folder, checkpoints=is_over)
+                if is_over and (checkpoints := self._checkpoints()):
                     shutil.rmtree(checkpoints, ignore_errors=True)
                 for job in retraining.jobs:
                     logs.history(job.stem, job.record.get("history", {}), job.params)
@@ -398,6 +402,10 @@ class _Journey:
         if self._study is None:
             return 0
         return sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
+
+    def _is_any_running(self) -> bool:
+        assert self._study is not None
+        return bool(self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
     def _outcome(self, settings: Settings, figures: dict[str, Any] | None) -> Outcome:
         assert self._study is not None

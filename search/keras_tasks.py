@@ -67,12 +67,13 @@ class KerasTasks(Objective):
                     figures = training.measured(part, self._data.rows(inputs, self._data.at.val))
             num_reports = len(progress.history.get("loss", []))
             trained = num_reports * plan.steps_per_report * plan.batch_size / len(chosen)
-        last_loss = progress.history.get("loss", [0.0])[-1]
-        if not math.isfinite(last_loss):
-            return {"outcome": "diverged", "reason": f"loss was {last_loss}"}
+        if progress.diverged:
+            return {"outcome": "diverged", "reason": progress.diverged}
+        if found := training.unsound(figures):
+            return {"outcome": "diverged", "reason": f"{found} on the validation part"}
         space.before_saving(model)
         path = Path(message["path"])
-        with artifacts.write_atomically(path) as beside:
+        with artifacts.write_atomically(path, num_bytes=_num_bytes(model)) as beside:
             model.save(beside)
         kept = _kept_report(callbacks)
         return {
@@ -192,6 +193,13 @@ class KerasTasks(Objective):
         """Of a comparison, those that suit the point, but never more than the run's."""
         epochs: float = message["epochs"]
         return min(epochs, self._space(1).epochs(hp)) if message["validated"] else epochs
+
+
+def _num_bytes(model: keras.Model) -> int:
+    """What its file takes, nearly: float32 weights and what the optimizer keeps of them."""
+    optimizer = getattr(model, "optimizer", None)
+    kept = optimizer.variables if optimizer else []
+    return 4 * sum(math.prod(variable.shape) for variable in (*model.weights, *kept))
 
 
 def _kept_report(callbacks: list[keras.callbacks.Callback]) -> int:

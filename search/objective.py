@@ -167,6 +167,7 @@ class Objective:
             "params": hp.values,
             "plan": dataclasses.asdict(plan),
             "precision": self.precision,
+            "dataset": self._settings["dataset"],
             "weights": self._settings["weights"],
         }
         return Checkpoints(Path(message["checkpoint"]), identity)

@@ -58,12 +58,12 @@ class Task:
     timeout: float | None = None  # seconds
     started: float = field(default_factory=time.monotonic)
     heard: float = field(default_factory=time.monotonic)  # the last message, of whatever kind
-    reported: float = 0.0  # the last report
+    reported: float = 0.0  # the last report, or step of a winner's training
     interval: float = 0.0  # the longest between two reports
 
-    def hear(self, type_: str) -> None:
+    def hear(self, message: Message) -> None:
         self.heard = time.monotonic()
-        if type_ == "report":
+        if message["type"] in ("report", "progress") and "step" in message:
             if self.reported:
                 self.interval = max(self.interval, self.heard - self.reported)
             self.reported = self.heard
@@ -308,7 +308,7 @@ class Pool:
         task = slot.task
         if task is None or (message["trial"], message["attempt"]) != (task.trial, task.attempt):
             return None  # what an old attempt says
-        task.hear(type_)
+        task.hear(message)
         if type_ == "finished":
             self._finish(slot, message)
         return Event(slot, message, task=task)

@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 
 from search import artifacts, devices, results
 from search.errors import EXIT_NOTHING_USABLE, SearchError
-from search.pool import Event, Pool, Slot
+from search.pool import OUT_OF_MEMORY, Event, Pool, Slot
 from search.progress import View
 from search.protocol import Message
 from search.sampling import seed_for
@@ -45,6 +45,7 @@ class Job:
     value: float | None  # validation accuracy, fraction
     images_per_second: float  # as the trial was trained
     record: dict[str, Any]  # what is stored: epochs, share; then model, evaluation, hashes
+    is_alone: bool = False  # whether no other may run beside it: it has run out of memory before
 
     @property
     def stem(self) -> str:
@@ -129,7 +130,7 @@ class Retraining:
         """Train what is missing, then measure what is missing.
 
         Raises:
-            SearchError: if a job fails, or keeps losing its worker.
+            SearchError: if a job fails, keeps losing its worker, or runs out of memory alone.
         """
         self.train(pool)
         self.measure(pool)
@@ -200,9 +201,9 @@ class Retraining:
         attempts = dict.fromkeys((job.key for job in jobs), 0)
         slots = pool.slots[: len(jobs)]
         while waiting or running:
-            idle = [slot for slot in pool.idle() if slot in slots]
-            for slot in idle[: len(waiting)]:
-                job = waiting.popleft()
+            for slot in [slot for slot in pool.idle() if slot in slots]:
+                if not (job := _next(waiting, running)):
+                    break
                 attempts[job.key] += 1
                 running[slot.index] = job
                 pool.give(slot, job.trial, attempts[job.key], order(job))
@@ -225,27 +226,47 @@ class Retraining:
             return
         if event.lost is not None:
             del running[slot.index]
-            if attempts[job.key] >= self._settings.max_attempts:
-                raise SearchError(
-                    f"{job.stem} lost its worker {attempts[job.key]} times "
-                    f"({event.lost.splitlines()[0]}); the same command tries again",
-                    detail=event.lost,
-                )
+            self._lost(job, event.lost, event.kind, attempts[job.key])
+            waiting.appendleft(job)
+        elif message.get("outcome") == OUT_OF_MEMORY:
+            del running[slot.index]
+            how = f"ran out of memory: {message['reason']}"
+            self._lost(job, how, OUT_OF_MEMORY, attempts[job.key])
             waiting.appendleft(job)
         elif message["type"] == "progress":
             _show(slot, message)
         elif message["type"] == "finished":
             del running[slot.index]
             if message["outcome"] not in ("complete", "diverged"):
-                raise SearchError(
-                    f"{job.stem} failed: {message['reason']}", detail=message.get("traceback", "")
-                )
+                why = message.get("reason", f"it ended as {message['outcome']}")
+                raise SearchError(f"{job.stem} failed: {why}", detail=message.get("traceback", ""))
             assert event.task is not None
             seconds = time.monotonic() - event.task.started
             store(job, {**message, "seconds": seconds})
             self._save(job)
+            if checkpoint := self._checkpoint(job):  # not before it is written down that it is done
+                Path(checkpoint).unlink(missing_ok=True)
             reports = slot.status.get("of") or 0
             self._view.finished("complete", job.trial, None, reports=reports, seconds=seconds)
+
+    def _lost(self, job: Job, how: str, kind: str, attempts: int) -> None:
+        """It runs again, alone if it ran out of memory; raises SearchError if that was its last."""
+        first_line = how.partition("\n")[0]
+        if kind == OUT_OF_MEMORY and job.is_alone:
+            raise SearchError(
+                f"{job.stem} ran out of memory, with no other job beside it (its worker "
+                f"{first_line}); once more memory is free, the same command tries again",
+                detail=how,
+            )
+        if kind != OUT_OF_MEMORY and attempts >= self._settings.max_attempts:
+            raise SearchError(
+                f"{job.stem} lost its worker {attempts} times ({first_line}); "
+                "the same command tries again",
+                detail=how,
+            )
+        job.is_alone = job.is_alone or kind == OUT_OF_MEMORY
+        alone = " alone" if job.is_alone else ""
+        logger.info("%s runs again%s: its worker %s", job.stem, alone, first_line)
 
     def _training(self, job: Job) -> Message:
         return {
@@ -264,8 +285,6 @@ class Retraining:
         return str(Path(folder) / f"{job.stem}.npz") if folder else ""
 
     def _trained(self, job: Job, message: Message) -> None:
-        if checkpoint := self._checkpoint(job):
-            Path(checkpoint).unlink(missing_ok=True)
         if message["outcome"] == "diverged":
             job.record["diverged"] = message["reason"]
             logger.warning("%s diverged: %s", job.stem, message["reason"])
@@ -303,6 +322,13 @@ class Retraining:
                 "pictures_sha256": message["pictures_sha256"],
             }
         logger.info("%s measured on the test set", job.stem)
+
+
+def _next(waiting: deque[Job], running: dict[int, Job]) -> Job | None:
+    """The next job, if it may begin now."""
+    if not waiting or any(job.is_alone for job in running.values()):
+        return None
+    return None if waiting[0].is_alone and running else waiting.popleft()
 
 
 def _pictures(job: Job) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 import time
 from contextlib import closing
@@ -106,8 +107,10 @@ def _folder(database: Path) -> Path:
 
 
 def _snapshots(database: Path) -> list[Path]:
-    """The newest first."""
-    return sorted(_folder(database).glob(f"{database.stem}-*.db"), reverse=True)
+    """The newest first; those of study-2.db are not study.db's."""
+    name = re.compile(rf"{re.escape(database.stem)}-\d{{8}}-\d{{6}}\.db")
+    found = (path for path in _folder(database).glob("*.db") if name.fullmatch(path.name))
+    return sorted(found, reverse=True)
 
 
 def _num_finished(database: Path) -> int:

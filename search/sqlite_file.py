@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -159,10 +160,18 @@ def _create(path: Path) -> None:
     """An empty study file appears whole: a kill must not leave what looks like a damaged one."""
     import optuna
 
-    beside = path.with_name(f".{path.name}.partial")
-    beside.unlink(missing_ok=True)
-    optuna.storages.RDBStorage(f"{PREFIX}{beside}").engine.dispose()
-    os.replace(beside, path)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        optuna.storages.RDBStorage(f"{PREFIX}{beside}").engine.dispose()
+        try:
+            # Never in the place of one that another study's run, under a lock of its own, has made.
+            os.link(beside, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _needed(path: Path) -> str:

@@ -84,10 +84,12 @@ def train(
     _build(model, train_data[1][:1])
     callbacks, done = list(callbacks), 0
     if checkpoints:
-        checkpoints.watch(callbacks)
+        checkpoints.watch(model, callbacks)
         callbacks.append(checkpoints)
         done = checkpoints.reports
-    order = plan.order()[done * plan.steps_per_report * plan.batch_size :]
+    # Of one that was killed at its end nothing is read, but Keras refuses an empty generator.
+    begin = min(done, plan.num_reports - 1)
+    order = plan.order()[begin * plan.steps_per_report * plan.batch_size :]
     history = model.fit(
         backend.training_batches(
             train_data[0], as_loss_wants(model, train_data[1]), order, plan.batch_size
@@ -201,9 +203,8 @@ class Report(keras.callbacks.Callback):
         self.validation_seconds += now - tested
         figures = {name: float(value) for name, value in (logs or {}).items()}
         step = epoch + 1
-        unsound = [name for name, value in figures.items() if not math.isfinite(value)]
-        if unsound:
-            self.diverged = f"{unsound[0]} was {figures[unsound[0]]} at report {step}"
+        if found := unsound(figures):
+            self.diverged = f"{found} at report {step}"
             self.model.stop_training = True
             return
         if self._monitor not in figures:  # nothing to compare with other trials
@@ -224,7 +225,8 @@ class Report(keras.callbacks.Callback):
 
 
 class Progress(keras.callbacks.Callback):
-    """Tells how far a training without validation has come, and keeps its history.
+    """Tells how far a winner's training has come, keeps its history, and stops it at a figure that
+    is not finite.
 
     Args:
         tell: called with step, of, accuracy and images_per_second.
@@ -235,6 +237,7 @@ class Progress(keras.callbacks.Callback):
     def __init__(self, tell: Any, num_reports: int, images: int):
         super().__init__()
         self.history: dict[str, list[float]] = {}
+        self.diverged = ""
         self._tell = tell
         self._num_reports = num_reports
         self._images = images
@@ -245,6 +248,10 @@ class Progress(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         figures = {name: float(value) for name, value in (logs or {}).items()}
+        if found := unsound(figures):
+            self.diverged = self.diverged or f"{found} at report {epoch + 1}"
+            self.model.stop_training = True
+            return
         for name, value in figures.items():
             self.history.setdefault(name, []).append(value)
         now = time.monotonic()
@@ -255,6 +262,12 @@ class Progress(keras.callbacks.Callback):
             images_per_second=self._images / max(1e-9, now - self._began),
         )
         self._began = now
+
+
+def unsound(figures: dict[str, float]) -> str:
+    """Which figure is not finite, if any."""
+    found = (f"{name} was {value}" for name, value in figures.items() if not math.isfinite(value))
+    return next(found, "")
 
 
 def _learning_rate(model: keras.Model) -> dict[str, float]:

@@ -155,7 +155,7 @@ def _failure(error: Exception) -> Message:
     if isinstance(error, SearchError):
         return {"outcome": "error", "reason": str(error), "traceback": error.detail}
     if exhausted or "RESOURCE_EXHAUSTED" in str(error):
-        return {"outcome": "out_of_memory", "reason": str(error).partition("\n")[0]}
+        return {"outcome": "out_of_memory", "reason": str(error).partition("\n")[0] or name}
     return {"outcome": "error", "reason": f"{name}: {error}", "traceback": _own_frames(error)}
 
 

@@ -106,6 +106,11 @@ BREAKS = (
         "test_coordinator.py::test_a_trial_out_of_memory_runs_once_more_alone",
     ),
     Break(
+        "N3", "others run beside a winner's training that ran out of memory", "search/retrain.py",
+        "any(job.is_alone for job in running.values())", "False",
+        "test_retrain.py::test_a_job_out_of_memory_runs_once_more_alone",
+    ),
+    Break(
         "A1", "a save that is not atomic", "search/artifacts.py",
         'final.with_name(f".{final.stem}.{secrets.token_hex(4)}{PARTIAL}{final.suffix}")', "final",
         "test_artifacts.py::test_sigkill_leaves_the_old_or_the_new_file",

@@ -4,9 +4,10 @@ import socket
 from types import SimpleNamespace
 
 from search.devices import Device
-from search.pool import Event, Interrupted, Slot, Task
+from search.pool import OUT_OF_MEMORY, Event, Interrupted, Slot, Task
 
-LOST = {"type": "lost"}
+LOST = {"type": "lost", "kind": "killed"}
+LOST_FOR_MEMORY = {"type": "lost", "kind": OUT_OF_MEMORY}
 CRASH = {"type": "crash"}  # of the coordinator itself
 
 
@@ -54,5 +55,5 @@ class ScriptedPool:
                 raise Interrupted(9)
             if message["type"] in ("finished", "lost"):
                 slot.task = None
-            lost = "ended by signal 9\nlast words" if message == LOST else None
-            yield Event(slot, message, lost=lost, task=task)
+            lost = "ended by signal 9\nlast words" if message["type"] == "lost" else None
+            yield Event(slot, message, lost=lost, task=task, kind=message.get("kind", ""))

@@ -41,6 +41,11 @@ class KillAfter(keras.callbacks.Callback):
         self._epoch = epoch
 
 
+class KillAtTheEnd(KillAfter):
+    def on_train_end(self, logs=None):
+        raise Killed
+
+
 def data():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 60).astype(np.uint8)
@@ -49,7 +54,7 @@ def data():
     return x, y
 
 
-def network():
+def network(filters=4):
     """All that has a state: dropout and augmentation draw, normalisation averages, rates decay."""
     keras.utils.set_random_seed(1)
     layers = [
@@ -57,7 +62,7 @@ def network():
         keras.layers.Rescaling(1 / 255),
         keras.layers.RandomFlip("horizontal"),
         keras.layers.RandomTranslation(0.1, 0.1),
-        keras.layers.Conv2D(4, 3),
+        keras.layers.Conv2D(filters, 3),
         keras.layers.BatchNormalization(),
         keras.layers.Flatten(),
         keras.layers.Dropout(0.3),
@@ -123,12 +128,38 @@ def test_the_curve_is_that_of_a_training_left_alone(tmp_path, make, kills):
         np.testing.assert_allclose(weight, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_training_that_is_killed_at_its_end_has_nothing_left_to_do(tmp_path):
+    """As a winner's while its model is saved; on JAX it must not be given an empty generator."""
+    with pytest.raises(Killed):
+        train(decayed, tmp_path / "c.npz", KillAtTheEnd(99))
+    history, resumed, began = train(decayed, tmp_path / "c.npz", KillAfter(99))
+    assert began == PLAN.num_reports
+    expected, model, _ = train(decayed)
+    np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-5)
+    for weight, other in zip(resumed.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, other, rtol=1e-5, atol=1e-6)
+
+
 def test_a_checkpoint_of_another_training_is_not_taken(tmp_path):
     with pytest.raises(Killed):
         train(path=tmp_path / "c.npz", kill=KillAfter(3))
     assert Checkpoints(tmp_path / "c.npz", {"training": "a"}).reports == 3
     assert Checkpoints(tmp_path / "c.npz", {"training": "b"}).reports == 0
     assert Checkpoints(tmp_path / "other.npz", {"training": "a"}).reports == 0
+
+
+@pytest.mark.parametrize("make", [network, decayed])
+def test_a_checkpoint_of_another_model_is_begun_again(tmp_path, caplog, make):
+    """Another layer, or other callbacks, than when it was killed."""
+
+    def wider():
+        return network(filters=5)
+
+    with pytest.raises(Killed):
+        train(wider if make is network else network, tmp_path / "c.npz", KillAfter(3))
+    history, _, _ = train(make, tmp_path / "c.npz", KillAfter(99))
+    assert "is of another model or other callbacks: begun again" in caplog.text
+    np.testing.assert_allclose(history["loss"], train(make)[0]["loss"], rtol=1e-5)
 
 
 @pytest.mark.fault("A2")
@@ -216,3 +247,23 @@ def test_a_search_that_is_killed_goes_on_in_the_middle_of_a_trial(alone, tmp_pat
     for killed, undisturbed in zip(curves(tmp_path), alone, strict=True):
         assert killed == pytest.approx(undisturbed, abs=1e-6)
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_winners_that_are_retrained_leave_a_running_trial_its_checkpoint(tmp_path):
+    process = search(tmp_path, "--epochs", "1")
+    _, output = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "quickstart")
+    study.ask()  # as a search has that was interrupted, or whose time was spent
+    study._storage.remove_session()
+    path = tmp_path / "checkpoints" / "trial-1.npz"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("how far it has come")
+    retrain = [sys.executable, "-m", "search", "retrain", "--study", "quickstart", "--seeds", "1"]
+    done = subprocess.run(
+        [*retrain, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "metrics.json").exists()
+    assert path.exists()

@@ -110,6 +110,20 @@ def test_a_higher_number_goes_on_where_it_was(search, trials):
     assert len(trials()) == 5
 
 
+def test_a_lower_number_than_a_lost_coordinator_s_is_kept_to(search, trials):
+    def script(number, attempt):
+        yield suggest("x")
+        yield CRASH if number == 2 and attempt == 1 else report(0.5, 1)
+        yield finished(value=0.5)
+
+    with pytest.raises(Interrupted):
+        search(script, trials=6, num_slots=3)
+    assert states(trials()) == ["RUNNING"] * 3
+    given = search(script, trials=2, num_slots=3).given
+    assert [number for number, _, _ in given] == [0, 1]
+    assert states(trials()) == ["COMPLETE", "COMPLETE", "RUNNING"]
+
+
 def test_pruned_and_failed_trials_count(search, trials):
     def script(number, attempt):
         yield suggest("x")

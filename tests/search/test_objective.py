@@ -5,7 +5,7 @@ import keras_tuner
 import numpy as np
 import pytest
 
-from search import artifacts, datasets
+from search import artifacts, datasets, training
 from search.keras_tasks import KerasTasks
 from search.settings import Settings
 from studies.study import Study
@@ -344,8 +344,20 @@ def test_a_winner_that_diverges_is_not_saved(tmp_path):
     outcome = tasks(diverging).retrain(
         lambda **_: None, winner(tmp_path, {"kind": "linear", "rate": 1.0})
     )
-    assert outcome == {"outcome": "diverged", "reason": "loss was nan"}
+    assert outcome == {"outcome": "diverged", "reason": "loss was nan at report 1"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_of_one_data_set(tmp_path):
+    """`train` takes another one, also for a config whose training was killed."""
+    message = {"task": "retrain", "checkpoint": str(tmp_path / "c.npz")}
+    hp = keras_tuner.HyperParameters()
+    plan = training.Plan(60_000, 12_800, 4, 50, 9)
+    identities = {
+        tasks(dataset=name)._checkpoints(message, hp, plan)._identity
+        for name in ("mnist", "fashion_mnist")
+    }
+    assert len(identities) == 2
 
 
 def test_a_frozen_part_is_computed_once_and_changes_nothing(tmp_path):

@@ -180,6 +180,24 @@ def test_a_task_is_given_answered_and_finished(busy):
     assert pool.idle() == [slot]
 
 
+@pytest.mark.fault("K5")
+@pytest.mark.parametrize(
+    ("message", "overdue"),
+    [
+        ({"type": "report", "step": 1, "value": 0.5}, "said nothing for 601 s"),
+        ({"type": "progress", "step": 1, "of": 9}, "said nothing for 601 s"),  # a winner's
+        ({"type": "progress", "note": "computing activations"}, ""),  # no rhythm to go by
+    ],
+)
+def test_a_worker_that_is_silent_for_ten_times_its_interval_hangs(monkeypatch, message, overdue):
+    task = pools.Task(0, 1, {})
+    for now in (10.0, 70.0, 130.0):
+        monkeypatch.setattr(pools.time, "monotonic", lambda now=now: now)
+        task.hear(message)
+    assert task.overdue(None, 130.0 + 599) == ""
+    assert task.overdue(None, 130.0 + 601) == overdue
+
+
 @pytest.mark.parametrize("stamp", [{"trial": 4, "attempt": 1}, {"trial": 3, "attempt": 2}])
 @pytest.mark.parametrize("type_", ["suggest", "report", "attribute", "progress", "finished"])
 def test_what_an_old_attempt_says_is_dropped(busy, type_, stamp):

@@ -6,10 +6,11 @@ import pytest
 
 from search import artifacts, devices, storage
 from search.errors import SearchError
+from search.pool import Interrupted
 from search.progress import View
 from search.retrain import Retraining, jobs_of
 from search.settings import Settings
-from tests.scripted import LOST, ScriptedPool
+from tests.scripted import LOST, LOST_FOR_MEMORY, ScriptedPool
 
 SPEED = {"fast": 1e6, "slow": 1.0}  # images/s of the trial: its retraining takes no time, or hours
 
@@ -49,7 +50,7 @@ def study(tmp_path):
     return study
 
 
-def retrain(study, folder, pool, speed="fast", **changed):
+def retrain(study, folder, pool, speed="fast", save=None, **changed):
     made = settings(**changed)
     retraining = Retraining(
         jobs_of(study, made),
@@ -57,7 +58,7 @@ def retrain(study, folder, pool, speed="fast", **changed):
         images_per_epoch=2000,
         folder=folder,
         view=View(-1),
-        save=lambda job: study.set_user_attr(job.key, job.record),
+        save=save or (lambda job: study.set_user_attr(job.key, job.record)),
     )
     for job in retraining.jobs:
         job.images_per_second = SPEED[speed]
@@ -216,6 +217,75 @@ def test_a_lost_worker_s_job_runs_again_until_max_attempts(study, tmp_path):
         retrain(study, tmp_path, pool, seeds=2, max_attempts=3)
 
 
+EXHAUSTED = {"type": "finished", "outcome": "out_of_memory", "reason": "no memory", "rss": 1}
+
+
+@pytest.mark.fault("N3")
+@pytest.mark.parametrize("task", ["retrain", "evaluate"])
+@pytest.mark.parametrize("end", [EXHAUSTED, LOST_FOR_MEMORY])
+def test_a_job_out_of_memory_runs_once_more_alone(study, tmp_path, caplog, task, end):
+    caplog.set_level("INFO")
+    pool = pool_of(tmp_path, num_slots=3)
+    work = pool._script
+    attempts = []  # of the second job
+
+    def script(trial, attempt):
+        content = pool.given[-1][2]
+        is_second = content["task"] == task and "seed-1." in content["path"]
+        if is_second:
+            attempts.append(attempt)
+        return say(work(trial, attempt), is_second, attempt)
+
+    def say(words, is_second, attempt):
+        if is_second and attempt == 1:
+            yield end
+        for _ in range(3):
+            assert len(pool.busy()) == 1 or not (is_second and attempt == 2)
+            yield {"type": "progress"}
+        yield from words
+
+    pool._script = script
+    assert retrain(study, tmp_path, pool, seeds=6, max_attempts=1).is_done()
+    assert attempts == [1, 2]
+    assert len(pool.given) == 2 * 6 + 1
+    assert "trial-1-seed-1 runs again alone: its worker" in caplog.text
+
+
+@pytest.mark.fault("N3")
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [(EXHAUSTED, "its worker ran out of memory: no memory"),
+     (LOST_FOR_MEMORY, "its worker ended by signal 9")],
+)  # fmt: skip
+def test_a_job_out_of_memory_alone_is_the_end(study, tmp_path, end, how):
+    def script(trial, attempt):
+        yield end
+
+    pool = pool_of(tmp_path)
+    pool._script = script
+    message = rf"trial-1-seed-0 ran out of memory, with no other job beside it \({how}\); once"
+    with pytest.raises(SearchError, match=message):
+        retrain(study, tmp_path, pool, seeds=1)
+    assert [attempt for _, attempt, _ in pool.given] == [1, 2]
+
+
+@pytest.mark.fault("A3")
+def test_a_checkpoint_is_kept_until_what_it_led_to_is_stored(study, tmp_path):
+    checkpoint = tmp_path / "trial-1-seed-0.npz"
+    checkpoint.touch()
+
+    def interrupted(job):
+        raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        retrain(
+            study, tmp_path, pool_of(tmp_path), save=interrupted, seeds=1, checkpoints=str(tmp_path)
+        )
+    assert checkpoint.exists()
+    retrain(study, tmp_path, pool_of(tmp_path), seeds=1, checkpoints=str(tmp_path))
+    assert not checkpoint.exists()
+
+
 def test_a_diverged_seed_is_noted_and_not_measured(study, tmp_path):
     pool = pool_of(tmp_path, num_slots=1)
     work = pool._script
@@ -229,6 +299,21 @@ def test_a_diverged_seed_is_noted_and_not_measured(study, tmp_path):
     retraining = retrain(study, tmp_path, pool, seeds=2)
     assert len(given(pool, "evaluate")) == 1
     assert retraining.jobs[0].record["diverged"] == "loss was nan"
+
+
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [({"outcome": "error", "reason": "no such layer"}, "no such layer"),
+     ({"outcome": "pruned"}, "it ended as pruned")],
+)  # fmt: skip
+def test_a_job_that_fails_ends_the_run_with_the_reason(study, tmp_path, end, why):
+    def script(trial, attempt):
+        yield {"type": "finished", "rss": 1, **end}
+
+    pool = pool_of(tmp_path)
+    pool._script = script
+    with pytest.raises(SearchError, match=f"trial-1-seed-0 failed: {why}"):
+        retrain(study, tmp_path, pool, seeds=1)
 
 
 def test_nothing_complete_is_nothing_usable(tmp_path):

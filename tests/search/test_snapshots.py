@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from search import snapshots, sqlite_file, storage
+from search import folders, snapshots, sqlite_file, storage
 from search.errors import SearchError
 from search.snapshots import KEPT, Snapshots, restore
 
@@ -101,6 +101,22 @@ def test_the_newest_are_kept(database, monkeypatch):
     assert len(kept) == KEPT
 
 
+def test_another_database_in_the_same_folder_has_snapshots_of_its_own(database, monkeypatch):
+    stamps = iter(f"2026010{day}-000000" for day in range(1, 9))
+    monkeypatch.setattr(snapshots.time, "strftime", lambda *_: next(stamps))
+    Snapshots(database).take()
+    other = database.with_name("study-b.db")
+    add_trials(f"sqlite:///{other}", 1)
+    for _ in range(KEPT):
+        Snapshots(other).take()
+    for _ in range(KEPT - 1):
+        Snapshots(database).take()
+    assert len(list((database.parent / "snapshots").iterdir())) == 2 * KEPT
+    truncate(database)
+    restored = restore(database)
+    assert (restored.snapshot.name, restored.num_trials) == ("study-20260106-000000.db", 4)
+
+
 def test_a_snapshot_of_a_study_that_is_written_is_whole(database):
     with sqlite3.connect(database) as writer:
         writer.execute("PRAGMA journal_mode=wal")
@@ -112,6 +128,15 @@ def test_a_snapshot_of_a_study_that_is_written_is_whole(database):
     assert sqlite_file.problem_of(snapshot) == ""
     with sqlite3.connect(snapshot) as copy:
         assert copy.execute("SELECT count(*) FROM trials WHERE state = 'FAIL'").fetchone() == (0,)
+
+
+def test_what_a_kill_has_left_of_a_snapshot_is_removed(database):
+    Snapshots(database).take()
+    (whole,) = (database.parent / "snapshots").iterdir()
+    for end in ("", "-wal", "-shm"):
+        whole.with_name(f".{whole.stem}.1234abcd.partial.db{end}").touch()
+    folders.clean(database.parent)
+    assert list(whole.parent.iterdir()) == [whole]
 
 
 def test_a_snapshot_that_cannot_be_written_is_a_warning(database, caplog):

@@ -11,7 +11,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from search import storage
+from search import sqlite_file, storage
 from search.errors import EXIT_DAMAGED, EXIT_STORAGE_LOST, EXIT_USAGE, SearchError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ HOLDER = """
 import sys
 from contextlib import closing
 from pathlib import Path
-from search import storage
+from search import sqlite_file, storage
 
 with storage.lock(Path(sys.argv[1])):
     print("held", flush=True)
@@ -128,6 +128,14 @@ def test_runs_that_share_a_database_lock_their_own_study(tmp_path, url):
             ".study.db.a.lock",
             ".study.db.b.lock",
         }
+
+
+def test_a_database_that_another_run_has_made_meanwhile_is_kept(tmp_path, url):
+    """Both have found none; their studies, and so their locks, have different names."""
+    with_trials(url, 2)
+    sqlite_file._create(tmp_path / "study.db")
+    assert len(storage.read_study(url, "mine").trials) == 2
+    assert [path.name for path in tmp_path.glob(".*")] == []
 
 
 @pytest.mark.fault("K8")
@@ -305,8 +313,8 @@ def test_a_new_study_appears_whole(tmp_path, url, monkeypatch):
     def die(source, target):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as at_the_rename:
-        at_the_rename.setattr(os, "replace", die)
+    with monkeypatch.context() as at_the_link:
+        at_the_link.setattr(os, "link", die)
         with pytest.raises(KeyboardInterrupt):
             storage.open_study(url, "mine")
     assert storage.read_study(url, "mine") is None

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
+from pathlib import Path
 from sqlite3 import dbapi2
 
 import optuna
 import pytest
 
-from search import patience, storage
+from search import artifacts, patience, storage
 from search.errors import EXIT_STORAGE_LOST, SearchError
 from search.pool import Interrupted
 from tests import failing, invariants
-from tests.command import Command
+from tests.command import ROOT, Command
 
 # Holds a database for itself, also from readers, for so many seconds.
 HOLDER = """
@@ -220,16 +222,25 @@ def test_what_does_not_pass_is_raised_at_once(tmp_path, url):
 # A full disk
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A small file system of its own, and what fills it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=230m", "tmpfs", str(folder)]
+@contextmanager
+def small_disk(folder: Path, size: str):
+    """A file system of its own in a folder."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system, which `fill` fills."""
+    folder = tmp_path / "disk"
+    with small_disk(folder, "230m"):
+        yield folder
 
 
 def fill(disk):
@@ -270,3 +281,70 @@ def test_s4_a_full_disk_at_a_commit_or_a_log_line(disk, tmp_path):
     assert code == 0, output
     (command.folder / "csv").rename(disk / "csv")  # the checker knows no logs
     invariants.check(command.folder, command.log, 8)
+
+
+WIDE = """
+import keras
+from studies.study import Study
+
+def wide(hp):
+    model = keras.Sequential([
+        keras.Input((8, 8, 1), dtype="uint8"),
+        keras.layers.Rescaling(1 / 16),
+        keras.layers.Flatten(),
+        keras.layers.Dense(8192, "relu"),  # 2.5 MB with the next layer's
+        keras.layers.Dense(10, "softmax", dtype="float32"),
+    ])
+    optimizer = keras.optimizers.SGD(hp.Float("rate", 0.01, 0.1))
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+study = Study(name="wide", space=wide, dataset="digits", trials=1, epochs=1)
+"""
+
+
+@pytest.mark.fault("S4")
+@pytest.mark.slow
+def test_s4_a_full_disk_at_a_winner_s_save(tmp_path):
+    """There is room for one model and a half."""
+    (tmp_path / "wide.py").write_text(WIDE)
+    run = tmp_path / "run"
+    first, second = (run / "models" / f"trial-0-seed-{index}.keras" for index in range(2))
+
+    def search() -> tuple[int, str]:
+        command = [sys.executable, "-m", "search", "--study", str(tmp_path / "wide.py")]
+        done = subprocess.run(
+            [*command, "--out", str(run), "--workers", "1", "--seeds", "2"],
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+    def records() -> list[dict]:
+        attrs = storage.read_study(f"sqlite:///{run}/study.db", "wide").user_attrs
+        return [attrs[key] for key in sorted(attrs) if key.startswith("retrained:")]
+
+    with small_disk(run / "models", "4m"):
+        second.write_text("of another length")
+        code, output = search()
+        assert code == 1, output
+        why = re.search(
+            f"trial-0-seed-1 failed: {second} could not be written: No space left on device. "
+            r"It needs (\d+) bytes, (\d+) are free",
+            output.splitlines()[-1],
+        )
+        assert why, output
+        assert 2_400_000 < int(why[1]) < 2_600_000
+        assert 1_000_000 < int(why[2]) < 2_000_000
+        assert sorted(first.parent.iterdir()) == [first, second]
+        assert second.read_text() == "of another length"
+        (record,) = records()
+        assert artifacts.sha256(first) == record["model_sha256"]
+
+        subprocess.run(["mount", "-o", "remount,size=64m", str(first.parent)], check=True)
+        code, output = search()
+        assert code == 0, output
+        assert "training trial-0-seed-1\n" in output
+        before, (after, last) = record["model_sha256"], records()
+        assert artifacts.sha256(first) == before == after["model_sha256"]
+        assert artifacts.sha256(second) == last["model_sha256"]
+        assert {"evaluation", "evaluation_sha256"} <= after.keys() & last.keys()

@@ -320,6 +320,23 @@ def test_progress_is_told_at_each_report():
     assert all(figures["images_per_second"] > 0 for figures in told)
 
 
+@pytest.mark.fault("N1")
+@pytest.mark.parametrize("name", ["loss", "val_loss", "recall"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_winner_s_training_stops_at_a_figure_that_is_not_finite(name, value):
+    told = []
+    progress = training.Progress(lambda **figures: told.append(figures), 3, 100)
+    progress.set_model(keras.Sequential())
+    progress.model.stop_training = False
+    sound = {"loss": 1.0, "val_loss": 1.0, "recall": 0.5}
+    for epoch, logs in enumerate((sound, sound | {name: value})):
+        progress.on_epoch_end(epoch, logs)
+    assert progress.diverged == f"{name} was {value} at report 2"
+    assert progress.model.stop_training
+    assert progress.history == {key: [figure] for key, figure in sound.items()}
+    assert [figures["step"] for figures in told] == [1]
+
+
 def own_sparse_loss(y, predicted):
     return keras.losses.sparse_categorical_crossentropy(y, predicted) * 2
 
