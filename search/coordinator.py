@@ -3,6 +3,9 @@
 It alone opens the storage. A worker that dies loses its attempt, not its trial: the same number
 runs again. A coordinator that dies loses nothing that was said: the next one adopts every trial
 that is still running. So `--trials 100` ends with exactly 100 finished trials, whatever dies.
+
+What the workers have said by now is stored in one transaction and answered when that is done: the
+more of them there are, the less each word costs.
 """
 
 from __future__ import annotations
@@ -12,13 +15,16 @@ import math
 import re
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import TrialState
 
-from search import notes, pruning, results, sampling
+from search import notes, pruning, results, sampling, storage
 from search.errors import SearchError
 from search.pool import OUT_OF_MEMORY, Event, Pool, Slot
 from search.progress import View
@@ -75,6 +81,7 @@ class Coordinator:
         self._failures = None if any(trial.state in usable for trial in trials) else []
         self._all_known_tried = False
         self._running: dict[int, UnfinishedTrial] = {}  # by slot
+        self._when_stored: list[Callable[[], None]] = []  # what waits until all is stored
         self._waiting = deque(self._adopt())
 
     def search(self, pool: Pool) -> None:
@@ -90,8 +97,7 @@ class Coordinator:
             for slot in pool.idle():
                 if trial := self._next():
                     self._start(pool, slot, trial)
-            for event in pool.poll(0.25):
-                self._handle(pool, event)
+            self._hear(pool)
             if self._snapshots:
                 self._snapshots.take_if_due()
             self._view.refresh(pool.slots)
@@ -102,8 +108,7 @@ class Coordinator:
         if self._num_finished >= self._settings.trials:
             end = time.monotonic() + CLEARING_UP
             while pool.busy() and time.monotonic() < end:
-                for event in pool.poll(0.25):
-                    self._handle(pool, event)
+                self._hear(pool)
         else:
             logger.info("the time budget is spent; trials still running can be continued later")
         pool.drop_tasks()
@@ -111,14 +116,15 @@ class Coordinator:
     def _adopt(self) -> list[UnfinishedTrial]:
         """Trials that a lost coordinator left running; those at their end are finished here."""
         waiting = []
-        for stored in self._trials():
-            if stored.state != TrialState.RUNNING:
-                continue
-            trial = UnfinishedTrial(self._study, stored)
-            if ending := trial.adopt():
-                self._ended(trial, ending)
-                continue
-            waiting.append(trial)
+        with self._stored_first():
+            for stored in self._trials():
+                if stored.state != TrialState.RUNNING:
+                    continue
+                trial = UnfinishedTrial(self._study, stored)
+                if ending := trial.adopt():
+                    self._ended(trial, ending)
+                    continue
+                waiting.append(trial)
         if waiting:
             logger.info("continuing trials %s", ", ".join(str(trial.number) for trial in waiting))
         return waiting
@@ -165,6 +171,23 @@ class Coordinator:
         folder = self._settings.checkpoints
         return str(Path(folder) / f"trial-{number}.npz") if folder else ""
 
+    def _hear(self, pool: Pool) -> None:
+        with self._stored_first():
+            for event in pool.poll(0.25):
+                self._handle(pool, event)
+
+    @contextmanager
+    def _stored_first(self) -> Iterator[None]:
+        """Store what is written inside, then do what was to wait for it."""
+        with storage.together(self._study):
+            yield
+        for act in self._when_stored:
+            act()
+        self._when_stored.clear()
+
+    def _answer(self, pool: Pool, slot: Slot, **content: Any) -> None:
+        self._when_stored.append(partial(pool.answer, slot, **content))
+
     def _handle(self, pool: Pool, event: Event) -> None:
         slot, message = event.slot, event.message
         trial = self._running.get(slot.index)
@@ -172,15 +195,15 @@ class Coordinator:
             return
         match message["type"]:
             case "suggest":
-                pool.answer(slot, **trial.suggest(message))
+                self._answer(pool, slot, **trial.suggest(message))
             case "attribute":
-                pool.answer(slot, **trial.set_attribute(message))
+                self._answer(pool, slot, **trial.set_attribute(message))
             case "resumed":
                 self._resumed(trial, message["step"])
             case "progress":
                 slot.status["note"] = message["note"]
             case "report":
-                pool.answer(slot, value=self._report(slot, trial, message))
+                self._answer(pool, slot, value=self._report(slot, trial, message))
             case "finished":
                 del self._running[slot.index]
                 if trial.told:
@@ -233,7 +256,7 @@ class Coordinator:
         """Count and show a finished trial; stop if it shows that nothing can work."""
         value, state = ending["value"], ending["state"].lower()
         if checkpoint := self._checkpoint(trial.number):
-            Path(checkpoint).unlink(missing_ok=True)
+            self._when_stored.append(partial(Path(checkpoint).unlink, missing_ok=True))
         self._num_finished += 1
         logger.info(
             "trial %d %s %s after %d report%s, %.0f s; %d of %d finished",

@@ -3,7 +3,7 @@
     storage = PatientStorage(url, engine_kwargs=...)  # an Optuna storage like any other
 
 Workers go on training meanwhile, until their next report. A try whose answer was lost may have been
-done: the calls that can't simply be made twice find out.
+done: what makes a trial finds out, since that can't simply be made twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import optuna
 import sqlalchemy
 from optuna.storages._rdb import models
-from optuna.trial import TrialState
 
 from search.errors import EXIT_STORAGE_LOST, SearchError
 
@@ -112,7 +111,9 @@ def patiently(
 
 
 class PatientStorage(optuna.storages.RDBStorage):
-    """Optuna's storage, each of whose calls is tried again; opening it is, too.
+    """Optuna's storage, to read it and to make trials; all else is written by `WriterStorage`.
+
+    Each call is tried again; opening it is, too.
 
     Args:
         where: what messages call it.
@@ -129,14 +130,14 @@ class PatientStorage(optuna.storages.RDBStorage):
         wait: Callable[[float], None] = time.sleep,
         **named: Any,
     ):
-        self._patiently = functools.partial(patiently, where=where, patience=patience, wait=wait)
+        self.patiently = functools.partial(patiently, where=where, patience=patience, wait=wait)
         self._num_before: int | None = None  # trials, before one that is being made
-        self._patiently(lambda _: super(PatientStorage, self).__init__(*arguments, **named))
+        self.patiently(lambda _: super(PatientStorage, self).__init__(*arguments, **named))
 
     def _create_new_trial(self, study_id: int, template_trial: Any = None) -> Any:
         self._num_before = None
         make = super()._create_new_trial  # tries again itself, some times
-        return self._patiently(lambda _: make(study_id, template_trial))
+        return self.patiently(lambda _: make(study_id, template_trial))
 
     def _get_prepared_new_trial(self, study_id: int, template_trial: Any, session: Any) -> Any:
         """The trial that an earlier try has made, if only its answer was lost."""
@@ -148,58 +149,22 @@ class PatientStorage(optuna.storages.RDBStorage):
             return trials.order_by(models.TrialModel.trial_id.desc()).first()
         return super()._get_prepared_new_trial(study_id, template_trial, session)
 
-    def _set_trial_param(self, trial_id: int, name: str, *arguments: Any) -> None:
-        store = super()._set_trial_param
-
-        def once(again: bool) -> None:
-            try:
-                store(trial_id, name, *arguments)
-            except sqlalchemy.exc.IntegrityError:
-                if not again:
-                    raise
-
-        self._patiently(once)
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
-        store, look = super().set_trial_state_values, super().get_trial
-
-        def once(again: bool) -> bool:
-            if again and look(trial_id).state == state:
-                return True
-            return store(trial_id, state, values)
-
-        return self._patiently(once)
-
-    def drop_reports_after(self, trial_id: int, step: int) -> None:
-        """Delete a trial's reports after `step`; Optuna has no call for it."""
-        delete = sqlalchemy.text(
-            "DELETE FROM trial_intermediate_values WHERE trial_id = :id AND step > :step"
-        )
-
-        def once(_: bool) -> None:
-            with self.engine.begin() as connection:
-                connection.execute(delete, {"id": trial_id, "step": step})
-
-        self._patiently(once)
-
 
 def _tried_again(name: str) -> Any:
     plain = getattr(optuna.storages.RDBStorage, name)
 
     @functools.wraps(plain)
     def call(self: PatientStorage, *arguments: Any, **named: Any) -> Any:
-        return self._patiently(lambda _: plain(self, *arguments, **named))
+        return self.patiently(lambda _: plain(self, *arguments, **named))
 
     return call
 
 
-# Those that read, and those that may be made twice.
+# Those that read, and the one that may be made twice.
 for _name in (
     *("create_new_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id"),
     *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs"),
-    *("set_study_user_attr", "set_study_system_attr"),
     *("get_trial", "get_trial_id_from_study_id_trial_number"),
     *("_get_trials", "_get_best_trial_id"),
-    *("set_trial_user_attr", "set_trial_system_attr", "set_trial_intermediate_value"),
 ):
     setattr(PatientStorage, _name, _tried_again(_name))

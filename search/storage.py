@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from search.patience import PatientStorage
     from search.snapshots import Snapshots
+    from search.writer import WriterStorage
 
 # Of a study that was carried elsewhere, the attribute that is left of it: where to.
 MOVED = "moved"
@@ -89,12 +90,14 @@ class Database(ABC):
         """
         import optuna
 
-        storage = self.open_storage(name, wait=wait, patience=patience)
-        return self._present(
-            optuna.create_study(
-                study_name=name, storage=storage, direction="maximize", load_if_exists=True
-            )
+        from search.writer import WriterStorage
+
+        stored = self.open_storage(name, wait=wait, patience=patience)
+        optuna.create_study(
+            study_name=name, storage=stored, direction="maximize", load_if_exists=True
         )
+        storage = WriterStorage(stored, name)
+        return self._present(optuna.load_study(study_name=name, storage=storage))
 
     def open_storage(
         self,
@@ -103,7 +106,7 @@ class Database(ABC):
         wait: Callable[[float], None] = time.sleep,
         patience: float | None = None,
     ) -> PatientStorage:
-        """What `open` writes the study by; the arguments are the same."""
+        """What `open` stores the study by; the arguments are the same."""
         import optuna
 
         from search.patience import PATIENCE
@@ -258,12 +261,16 @@ def drop_reports_after(study: optuna.Study, trial_id: int, step: int) -> None:
     An attempt that began again and ended sooner would otherwise be credited with the tail of the
     lost one.
     """
-    _rdb(study).drop_reports_after(trial_id, step)
+    _writer(study).drop_reports_after(trial_id, step)
 
 
-def _rdb(study: optuna.Study) -> PatientStorage:
-    """The database behind Optuna's cache, which keeps only finished trials."""
-    return study._storage._backend  # type: ignore[attr-defined]
+def together(study: optuna.Study) -> AbstractContextManager[None]:
+    """Store what is written inside in one transaction, at its end; an error's end, too."""
+    return _writer(study).together()
+
+
+def _writer(study: optuna.Study) -> WriterStorage:
+    return study._storage  # type: ignore[return-value]
 
 
 def _still_at(path: Path, descriptor: int) -> bool:

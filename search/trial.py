@@ -6,6 +6,7 @@ the next coordinator can finish what a kill has cut off, and so that a crash can
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -43,16 +44,13 @@ class UnfinishedTrial:
         self._study = study
         self._id = stored._trial_id
         self._is_known_point = "known_point" in stored.user_attrs
-        self._attempts: list[dict[str, Any]] = stored.user_attrs.get("attempts", [])
+        self._attempts: list[dict[str, Any]] = copy.deepcopy(stored.user_attrs.get("attempts", []))
         # What is stored and did not end the trial has been passed: not pruned up to there.
         self._passed = stored.last_step or 0
         self._sampling: sampling.TrialSampling | None = None
         self._began = 0.0  # monotonic seconds, this attempt
-        self._history: dict[str, dict[str, float]] = {}
+        self._history: dict[str, dict[str, float]] | None = None  # from the first report on
         self._speed: dict[str, float] = {}
-        # As stored, kept up to date here from this attempt's first report on: nobody else writes
-        # it, and to read it costs as much as the report's own writes.
-        self._reported: FrozenTrial | None = None
         self._seen = 0.0  # monotonic seconds, when it was last written down that it lives
 
     def adopt(self) -> dict[str, Any] | None:
@@ -99,8 +97,7 @@ class UnfinishedTrial:
         """A new attempt, on a worker."""
         self._sampling = sampling.TrialSampling(self._study, self._id, sampler, seed)
         self._began, self.last_step = time.monotonic(), 0
-        self._history, self._speed = {}, {}
-        self._reported = None
+        self._history, self._speed = None, {}
         self._attempts.append(
             {
                 "attempt": len(self._attempts) + 1,
@@ -144,17 +141,16 @@ class UnfinishedTrial:
         if time.monotonic() - self._seen >= SEEN_EVERY:
             self._seen = time.monotonic()
             self._set("attempts", self._attempts)
-        if self._reported is None:
-            self._reported = self._storage.get_trial(self._id)
-            # It may go on behind an earlier attempt.
-            earlier = self._reported.user_attrs.get("history", {})
+        reported = copy.copy(self._storage.get_trial(self._id))
+        if self._history is None:  # it may go on behind an earlier attempt
+            earlier = reported.user_attrs.get("history", {})
             self._history = {at: kept for at, kept in earlier.items() if int(at) < step}
         if message["metrics"]:
             self._history[str(step)] = message["metrics"]
             self._set("history", self._history)
         # Decided on what will be stored, and stored with it.
-        self._reported.intermediate_values[step] = value
-        if step > self._passed and self._is_behind(self._reported, pruner):
+        reported.intermediate_values = {**reported.intermediate_values, step: value}
+        if step > self._passed and self._is_behind(reported, pruner):
             reason = f"behind at report {step}"
             return self.end(TrialState.PRUNED, kind="pruned", reason=reason, report=value)
         self._store_report(step, value)

@@ -1,45 +1,32 @@
-"""The command line, killed by its own SIGKILL right after its n-th write to the storage.
+"""The command line, killed by its own SIGKILL right after its n-th transaction that wrote.
 
     python -m tests.killed N --study tests/dummy.py --trials 4
 
-Stands at the process's border: Optuna's storage does what it always does, and then the power goes.
+Stands at the process's border, where Python's sqlite3 connects: SQLite does what it always does,
+and then the power goes.
 """
 
 import os
 import signal
+import sqlite3
 import sys
-
-from optuna.storages import RDBStorage
-
-WRITES = (
-    "create_new_trial",
-    "set_trial_user_attr",
-    "set_trial_system_attr",
-    "set_trial_param",
-    "set_trial_intermediate_value",
-    "set_trial_state_values",
-    "set_study_user_attr",
-    "set_study_system_attr",
-)
+from sqlite3 import dbapi2
 
 
 def main():
     fatal = int(sys.argv.pop(1))
     done = 0
 
-    def counted(write):
-        def write_and_count(*args, **kwargs):
+    class Connection(sqlite3.Connection):
+        def commit(self):
             nonlocal done
-            answer = write(*args, **kwargs)
-            done += 1
+            done += self.in_transaction
+            super().commit()
             if done == fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return answer
 
-        return write_and_count
-
-    for name in WRITES:
-        setattr(RDBStorage, name, counted(getattr(RDBStorage, name)))
+    connect = dbapi2.connect
+    dbapi2.connect = lambda *args, **named: connect(*args, **{"factory": Connection, **named})
     from search.cli import main as command_line
 
     command_line()

@@ -19,7 +19,7 @@ class ScriptedPool:
         for slot in self.slots:
             slot.worker = SimpleNamespace(pid=100 + slot.index, host=socket.gethostname())
         self.given = []
-        self.at_start = lambda: None
+        self.at_start = self.at_answer = lambda: None
         self._script = script
         self._saying = {}
         self._answers = {}
@@ -45,6 +45,7 @@ class ScriptedPool:
             slot.task = None
 
     def answer(self, slot, **content):
+        self.at_answer()
         self._answers[slot.index] = content
 
     def poll(self, timeout):

@@ -7,9 +7,9 @@
 The first runs the real coordinator and pool, with a study that has so many finished trials in
 SQLite, and real worker processes whose objective only draws a point and reports, ten times a second
 if it is answered in time. `ask` is all that the coordinator does to start a trial, without the
-suggestions, which are a message each; `report` is what it does for one; `idle` is what a worker
-waits from the end of a trial to the start of the next. Seconds are those of the clock, CPU that of
-the coordinator alone.
+suggestions, which are a message each; `report` is from its reading to its answer, which it shares
+with what else was said at the same time; `idle` is what a worker waits from the end of a trial to
+the start of the next. Seconds are those of the clock, CPU that of the coordinator alone.
 
 The second measures the command line, the third the workers of a finished run.
 """
@@ -256,9 +256,10 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
             took["ask"].append(time.perf_counter() - self._asked)
 
         def _handle(self, pool, event):
-            began = time.perf_counter()
+            type_, began = event.message["type"], time.perf_counter()
             super()._handle(pool, event)
-            took[event.message["type"]].append(time.perf_counter() - began)
+            # Behind its answer, which waits for what others have said at the same time.
+            self._when_stored.append(lambda: took[type_].append(time.perf_counter() - began))
 
     (num_workers,) = given.workers
     opening = {"type": "open", "file": str(Path(__file__).resolve())}

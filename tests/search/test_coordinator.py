@@ -1,5 +1,6 @@
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from search import sampling, storage
@@ -47,14 +48,23 @@ def search(url, tmp_path):
     """Searches as a coordinator does that has just been started; returns the pool it used."""
 
     def search(
-        script, *, name="mine", num_slots=1, known_points=(), at_start=None, prepare=None, **changed
+        script,
+        *,
+        name="mine",
+        num_slots=1,
+        known_points=(),
+        at_start=None,
+        at_answer=None,
+        prepare=None,
+        **changed,
     ):
         study = storage.open_study(url, name)
         study.set_user_attr("run", {"num_reports": 5, "fixed": {"kind": "objective"}})
         if prepare:
             prepare(study)
         pool = ScriptedPool(script, num_slots)
-        pool.at_start = at_start or (lambda: None)
+        pool.at_start = at_start or pool.at_start
+        pool.at_answer = at_answer or pool.at_answer
         settings = Settings(
             **{
                 "name": "mine",
@@ -498,24 +508,23 @@ def test_a_trial_that_is_lost_too_often_fails_with_its_last_words(search, trials
     assert [attempt["reason"] for attempt in trial.user_attrs["attempts"]] == ["killed"] * 3
 
 
-def test_of_a_trial_s_reports_the_first_alone_reads_the_study(search):
-    reads, counted = [], []
+def test_what_the_workers_say_at_once_is_one_transaction_and_answered_after_it(search, trials):
+    commits, at_answer = [], []
 
     def prepare(study):
-        read = study._storage.get_trial
-        study._storage.get_trial = lambda trial_id: reads.append(trial_id) or read(trial_id)
+        sqlalchemy.event.listen(study._storage._backend.engine, "commit", commits.append)
+
+    def say_what_is_stored():
+        at_answer.append((len(commits), sum(len(t.intermediate_values) for t in trials())))
 
     def script(number, attempt):
-        yield suggest("x")
-        yield report(0.5, 1, metrics={"loss": 1.0})
-        before = len(reads)
-        for step in range(2, 10):
+        for step in (1, 2, 3):
             yield report(0.5, step, metrics={"loss": 1.0})
-        counted.append(len(reads) - before)
         yield finished(value=0.5)
 
-    search(script, trials=1, prepare=prepare)
-    assert counted == [0]
+    search(script, num_slots=4, prepare=prepare, at_answer=say_what_is_stored)
+    first = at_answer[0][0]
+    assert at_answer == [(first + step, 4 * (step + 1)) for step in (0, 1, 2) for _ in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_k3_a_kill_after_any_write_loses_nothing(tmp_path):
     number = 1
     while check_killed_after_write(tmp_path / str(number), number):
         number += 1
-    assert number > 36
+    assert number > 30
 
 
 @pytest.mark.fault("K4")
