@@ -7,6 +7,7 @@ come there from Ray's object store once, or are linked where the node has the sa
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -31,20 +32,34 @@ _PATIENCE = 20.0  # seconds until a worker that is silent is asked for again
 Files = dict[str, tuple[str, Any]]  # the driver's path -> SHA-256, reference of the content
 
 
-def describe(shared: str = "", word: str = "") -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """This machine's, which have to be those of all others."""
+    return provenance.versions() | {"code": _code()}
+
+
+def differences(here: dict[str, str], there: dict[str, str]) -> str:
+    """Two machines' versions where they are not the same; nothing where all are."""
+    return ", ".join(
+        f"{name} {there.get(name, 'absent')} (here {here.get(name, 'absent')})"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    )
+
+
+def describe(shared: str, word: str, node: str) -> dict[str, Any]:
     """This node's versions, which have to be the driver's, and what it finds in a shared folder.
 
     Args:
-        shared: the folder, in which the driver has written `word` into a file; an answer is left.
+        shared: the folder, in which the driver has written `word` into a file; or "".
+        node: its name in the cluster: the answer in the shared folder bears it.
     """
     found = ""
     if shared:
         with_word = Path(shared) / f".{word}"
-        found = with_word.read_text() if with_word.is_file() else ""
-        if found:
-            with_word.with_suffix(f".{socket.gethostname()}-{os.getpid()}").write_text(found)
-    versions = provenance.collect()["versions"]
-    return {"host": socket.gethostname(), "versions": versions | {"code": _code()}, "word": found}
+        with contextlib.suppress(OSError):  # what is missing on either side tells
+            found = with_word.read_text()
+            with_word.with_suffix(f".{node}").write_text(found)
+    return {"host": socket.gethostname(), "versions": versions(), "word": found}
 
 
 def forget(run: str) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from tests import invariants
 from tests.command import Command
 
 pytest.importorskip("ray", reason="pip install '.[ray]' brings Ray")
+# Ray's Cluster leaves its log files open.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 ROOT = Path(__file__).parents[2]
 RAY = ("--engine", "ray", "--workers", "2")
 
@@ -72,7 +75,7 @@ def test_without_ray_it_says_what_to_install(tmp_path):
 
 @pytest.mark.slow
 def test_a_study_runs_as_it_does_here(tmp_path):
-    command = Command(tmp_path)
+    command = Command(tmp_path, KERAS_HOME=str(tmp_path))  # no data set is there, nor needed
     code, output = command.run("--trials", "6", *RAY)
     assert code == 0, output
     invariants.check(command.folder, command.log, 6)
@@ -120,29 +123,115 @@ def test_winners_come_back_whole(tmp_path):
     assert (run / "metrics.json").exists()
 
 
-@pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    """Two nodes of one core each on this machine, and a head that works on nothing."""
+@pytest.fixture(scope="module")
+def head():
+    """A cluster of this machine without a token, whose head works on nothing."""
     from ray.cluster_utils import Cluster
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # a token in the home folder changes the default
+        patch.setenv("PYTHONPATH", str(ROOT))
+        running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture
+def cluster(head, tmp_path, monkeypatch):
+    """The head, and no node that another test has added."""
     monkeypatch.setenv("DUMMY_LOG", str(tmp_path / "dummy.log"))  # nodes hand on their environment
     monkeypatch.setenv("DUMMY_SLEEP", "0.5")
+    yield head
+    for node in list(head.worker_nodes):
+        head.remove_node(node, allow_graceful=False)
+
+
+def of(cluster):
+    return ("--engine", "ray", "--address", cluster.address, "--allow-insecure-ray")
+
+
+@contextmanager
+def started(*arguments, prefix=(), **environment):
+    """Ray, started as on a machine of its own, until the end of the block."""
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
+         "--disable-usage-stats", "--node-ip-address", "127.0.0.1",
+         *("--min-worker-port", "0", "--max-worker-port", "0"), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    said = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if "runtime started" in line:
+                break
+        assert process.poll() is None, "".join(said)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # Ray's processes end with it
+        process.communicate()
+
+
+@pytest.fixture
+def far(cluster, tmp_path):
+    """A node of two cores that has folders `shared` and `data` of its own, as another machine."""
+    for name in ("shared", "data", "node"):
+        (tmp_path / name).mkdir()
+    own = " && ".join(f"mount -t tmpfs none {tmp_path / name}" for name in ("shared", "data"))
+    apart = ("unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"]))
+    if subprocess.run([*apart, "sh", "-c", own], capture_output=True).returncode:
+        pytest.skip("a mount namespace is not permitted here")
+    command = ("--address", cluster.address, "--num-cpus", "2")
+    inside = (*apart, "sh", "-c", f'{own} && exec "$@"', "sh")
+    with started(*command, prefix=inside, TMPDIR=str(tmp_path / "node")):
+        yield tmp_path
+
+
+@pytest.mark.slow
+def test_a_cluster_that_can_give_nothing_is_refused(cluster, tmp_path):
+    code, said = refused("--out", str(tmp_path / "run"), *of(cluster))
+    assert (code, "the cluster has neither GPU nor CPU" in said) == (1, True), said
+
+
+def packages(folder, **versions):
+    """A folder in which each package has that version, whatever is installed."""
+    for name, version in versions.items():
+        about = folder / f"{name}-{version}.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
+@pytest.mark.slow
+def test_other_packages_on_a_node_are_refused(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", packages(tmp_path / "packages", keras="3.0.1"))
+    cluster.add_node(num_cpus=1)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    yield running
-    running.shutdown()
+    code, said = refused("--out", str(tmp_path / "run"), *of(cluster))
+    assert (code, "has other versions than this one: keras 3.0.1 (here " in said) == (1, True), said
+    assert not (tmp_path / "run" / "study.db").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_that_a_node_does_not_share_is_refused(far, cluster):
+    shared = far / "shared"
+    code, said = refused("--out", str(far / "run"), *of(cluster), "--shared", str(shared))
+    assert (code, "does not find there what was written here" in said) == (EXIT_USAGE, True), said
+    assert list(shared.iterdir()) == []
 
 
 @pytest.mark.fault("E1")
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's cluster leaves its log files open
 def test_e1_a_node_is_lost_and_another_joins(cluster, tmp_path):
     lost = cluster.add_node(num_cpus=1)
     cluster.add_node(num_cpus=1)
     command = Command(tmp_path)
     (tmp_path / "shared").mkdir()
     arguments = (
-        *("--trials", "12", *RAY, "--address", cluster.address, "--allow-insecure-ray"),
+        *("--trials", "12", "--workers", "2", *of(cluster)),
         *("--shared", str(tmp_path / "shared"), "--max-attempts", "9"),
     )
     process = command.start(*arguments)
