@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import socket
@@ -358,8 +359,9 @@ def _refuse_unreachable(address: str) -> None:
 
 
 def _fraction(available: int, count: int) -> float:
-    """Of a resource for each of so many workers, at most one whole; rounded down as Ray counts."""
-    return min(1.0, int(10_000 * available / count) / 10_000)
+    """Of a resource for each of so many workers: 1/K, so that K fit on each GPU, wherever it is;
+    rounded down as Ray counts."""
+    return int(10_000 / math.ceil(count / available)) / 10_000
 
 
 def _beside(study: Path) -> list[Path]:

@@ -1,8 +1,9 @@
-"""What a cluster's engine does that needs no Ray: comparing nodes, placing files."""
+"""What a cluster's engine does that needs no Ray: comparing nodes, placing files, sharing GPUs."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from search.engines import relay
+from search.engines.ray import _fraction
 
 
 @pytest.mark.parametrize(
@@ -53,3 +55,12 @@ def test_a_file_comes_to_a_node_once(tmp_path, monkeypatch):
         for path, content in contents.items():
             assert Path(node._translated(path)).read_bytes() == content
     assert len(fetched) == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "each"), [(4, 8, 0.5), (2, 3, 0.5), (4, 3, 1.0), (1, 3, 0.3333)]
+)
+def test_so_many_workers_find_room_on_gpus_one_by_one(gpus, workers, each):
+    share = _fraction(gpus, workers)
+    assert share == each
+    assert gpus * math.floor(1 / share) >= workers
