@@ -48,6 +48,9 @@ class Engine(Protocol):
     def devices(self, workers: str) -> list[Device]:
         """One for each worker, as `devices.share_out`."""
 
+    def joined(self) -> list[Device]:
+        """One for each worker that there is room for since this was last asked."""
+
     def provide(self, settings: Message) -> None:
         """Bring what a run with these settings reads to where workers run."""
 

@@ -77,6 +77,9 @@ class LocalEngine:
     def devices(self, workers: str) -> list[Device]:
         return share_out(workers)
 
+    def joined(self) -> list[Device]:
+        return []
+
     def provide(self, settings: Message) -> None:
         """What workers read is on this machine."""
 

@@ -18,6 +18,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ logger = logging.getLogger("search")
 _MAX_STUDY = 10_000_000  # bytes of Python files beside a study's
 _REACHABLE = 5.0  # seconds for a connection to a cluster
 _ANSWER = 60.0  # seconds for a node's description
+_LOOK = 5.0  # seconds between two looks at which nodes there are
 _GONE = 3.0  # seconds for an actor to end its worker, before it is ended itself
 
 
@@ -67,6 +69,8 @@ class RayEngine:
         name = f"{socket.gethostname()}:{self._folder}"
         self._run = hashlib.sha256(name.encode()).hexdigest()[:16]
         self._share = {"num_cpus": 1.0, "num_gpus": 0.0}  # of each worker
+        self._device, self._num_workers = Device(1), 0
+        self._counted = ""  # what each worker has one of: as many as there are, now and later
         self._home = str(fetching.keras_datasets().parent)
         self._files: relay.Files = {}  # that workers read
         self._study_files = self._put(_contents(_beside(study)))
@@ -75,6 +79,8 @@ class RayEngine:
         self._versions = relay.versions()
         self._asked: dict[str, Any] = {}  # nodes -> their descriptions, to come
         self._fit: set[str] = set()  # nodes that can be used
+        self._unfit: set[str] = set()
+        self._looked = time.monotonic()
         try:
             self._ask_newcomers()
             for node in list(self._asked):
@@ -104,7 +110,29 @@ class RayEngine:
         threads = max(1, cpus // max(count, gpus or 1))
         if not gpus:  # as many as it may have on a node
             threads = max(1, int(self._share["num_cpus"]))
-        return [Device(threads, "of the cluster" if gpus else None) for _ in range(count)]
+        if workers == "auto":
+            self._counted = "GPU" if gpus else "CPU"
+        self._device, self._num_workers = Device(threads, "of the cluster" if gpus else None), count
+        return [self._device] * count
+
+    def joined(self) -> list[Device]:
+        if time.monotonic() < self._looked + _LOOK:
+            return []
+        self._looked = time.monotonic()
+        self._ask_newcomers()
+        for node, answer in list(self._asked.items()):
+            if not self._ray.wait([answer], timeout=0)[0]:
+                continue
+            try:
+                self._judge(node)
+            except SearchError as error:
+                self._unfit.add(node)
+                logger.warning("%s; it is not used", error)
+        added = max(0, self._total(self._counted) - self._num_workers) if self._counted else 0
+        if added:
+            logger.info("nodes have joined: %d more worker%s", added, "" if added == 1 else "s")
+        self._num_workers += added
+        return [self._device] * added
 
     def provide(self, settings: Message) -> None:
         reference = "" if settings.get("kind") == "objective" else settings.get("dataset", "")
@@ -125,11 +153,13 @@ class RayEngine:
     def start(self, device: Device, slot: int) -> RayWorker:
         actor = (
             self._ray.remote(concurrency_groups={"in": 1, "out": 1, "end": 1})(relay.Relay)
-            .options(**self._share)
+            .options(**self._share, **self._elsewhere())
             .remote(self._run, self._folder, str(relay.ROOT))
         )
         backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-        begun = actor.begin.remote(slot, device, self._home, backend, self._study_files)
+        begun = actor.begin.remote(
+            slot, device, self._home, backend, self._study_files, self._versions
+        )
         return RayWorker(self._ray, actor, begun, self._files)
 
     def close(self) -> None:
@@ -145,6 +175,11 @@ class RayEngine:
             path: (hashlib.sha256(content).hexdigest(), self._ray.put(content))
             for path, content in contents.items()
         }
+
+    def _elsewhere(self) -> dict[str, Any]:
+        """An actor's option that keeps it away from nodes that can't be used."""
+        nodes = ", ".join(sorted(self._unfit))
+        return {"label_selector": {"ray.io/node-id": f"!in({nodes})"}} if nodes else {}
 
     def _alive(self) -> dict[str, dict[str, float]]:
         """Nodes and what each has."""
@@ -162,8 +197,8 @@ class RayEngine:
         return call.remote(*arguments)
 
     def _ask_newcomers(self) -> None:
-        """Have nodes describe themselves."""
-        new = self._alive().keys() - self._asked.keys() - self._fit
+        """Have nodes that have not been seen yet describe themselves."""
+        new = self._alive().keys() - self._asked.keys() - self._fit - self._unfit
         if new and self._shared:
             artifacts.write_text(self._shared / f".{self._word}", self._word)
         for node in new:

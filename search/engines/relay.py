@@ -84,14 +84,25 @@ class Relay:
         self._worker: LocalWorker | None = None
         self._unread = b""
 
-    def begin(self, slot: int, device: Device, home: str, backend: str, files: Files) -> Any:
+    def begin(
+        self,
+        slot: int,
+        device: Device,
+        home: str,
+        backend: str,
+        files: Files,
+        driver: dict[str, str],
+    ) -> Any:
         """Start the worker; its process and host.
 
         Args:
             home: the driver's KERAS_HOME.
             backend: of Keras.
             files: of the study.
+            driver: its versions. This node may have joined a moment ago, and not been asked yet.
         """
+        if differing := differences(driver, versions()):
+            raise RuntimeError(f"{socket.gethostname()} has other versions: {differing}")
         os.umask(folders.PRIVATE)
         self._node.mkdir(parents=True, exist_ok=True)
         if self._node.parent.stat().st_uid != os.getuid():

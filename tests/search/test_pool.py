@@ -93,9 +93,14 @@ class Engine:
     def __init__(self):
         self.started = []
         self.provided = []
+        self.joining = []
 
     def provide(self, settings):
         self.provided.append(settings)
+
+    def joined(self):
+        joined, self.joining = self.joining, []
+        return joined
 
     def start(self, device, slot):
         self.started.append(Worker(device))
@@ -340,6 +345,18 @@ def test_other_threads_need_another_worker(make):
     pool.give_threads(pool.slots[0], 4)
     assert [worker.device.threads for worker in engine.started] == [1, 4]
     assert engine.started[0].killed
+
+
+def test_a_device_that_joins_gets_a_worker(make):
+    pool, engine = make()
+    engine.joining = [Device(threads=2)]
+    heard(pool)
+    heard(pool)
+    assert [worker.device.threads for worker in engine.started] == [1, 2]
+    engine.started[1].be_ready()
+    while not pool.idle():
+        heard(pool)
+    assert pool.idle() == [pool.slots[1]]
 
 
 def test_tasks_that_nobody_waits_for_are_dropped_with_their_worker(make):

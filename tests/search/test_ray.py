@@ -223,6 +223,28 @@ def test_a_folder_that_a_node_does_not_share_is_refused(far, cluster):
     assert list(shared.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_nodes_that_join_are_used_if_they_are_alike(cluster, tmp_path, monkeypatch):
+    cluster.add_node(num_cpus=1)
+    command = Command(tmp_path)
+    process = command.start("--trials", "1000", *of(cluster))
+    command.wait_for_report()
+    assert len(invariants.workers_of(command.folder)) == 1
+    monkeypatch.setenv("PYTHONPATH", packages(tmp_path / "packages", keras="3.0.1"))
+    cluster.add_node(num_cpus=1)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    log = command.folder / "search.log"
+    command._wait(lambda: "other versions than this one: keras 3.0.1" in log.read_text())
+    cluster.add_node(num_cpus=1)
+    command._wait(lambda: len(invariants.workers_of(command.folder)) == 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    nodes = "\n".join(line for line in log.read_text().splitlines() if "node" in line)
+    assert nodes.count("it is not used") == 1
+    assert nodes.count("nodes have joined: 1 more worker") == 1
+
+
 @pytest.mark.fault("E1")
 @pytest.mark.slow
 def test_e1_a_node_is_lost_and_another_joins(cluster, tmp_path):
