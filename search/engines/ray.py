@@ -35,6 +35,10 @@ _REACHABLE = 5.0  # seconds for a connection to a cluster
 _ANSWER = 60.0  # seconds for a node's description
 _LOOK = 5.0  # seconds between two looks at which nodes there are
 _GONE = 3.0  # seconds for an actor to end its worker, before it is ended itself
+_NO_TOKEN = (
+    "whoever reaches a Ray cluster without token authentication runs code on it. Start it "
+    "and this command with RAY_AUTH_MODE=token, or take --allow-insecure-ray"
+)
 
 
 class RayEngine:
@@ -75,6 +79,7 @@ class RayEngine:
         self._files: relay.Files = {}  # that workers read
         self._study_files = self._put(_contents(_beside(study)))
         self._shared = None if shared is None else Path(shared).absolute()
+        self._insecure = insecure or address is None
         self._word = secrets.token_hex(8)  # written into the shared folder
         self._versions = relay.versions()
         self._asked: dict[str, Any] = {}  # nodes -> their descriptions, to come
@@ -224,6 +229,8 @@ class RayEngine:
             if not self._asked:
                 self._clear_shared()
         host = found["host"]
+        if not (found["has_token"] or self._insecure):
+            raise SearchError(f"node {host} asks for no token: {_NO_TOKEN}", exit_code=EXIT_USAGE)
         if differing := relay.differences(self._versions, found["versions"]):
             raise SearchError(f"node {host} has other versions than this one: {differing}")
         if self._shared and found["word"] != self._word:
@@ -361,12 +368,8 @@ def _joined(address: str | None, insecure: bool) -> Any:
             **quiet,
         )
         return ray
-    if not (insecure or os.environ.get("RAY_AUTH_MODE", "").lower() == "token"):
-        raise SearchError(
-            "whoever reaches a Ray cluster without token authentication runs code on it. Start it "
-            "and this command with RAY_AUTH_MODE=token, or take --allow-insecure-ray",
-            exit_code=EXIT_USAGE,
-        )
+    if not (insecure or relay.asks_for_token()):
+        raise SearchError(_NO_TOKEN, exit_code=EXIT_USAGE)
     _refuse_unreachable(address)
     try:
         ray.init(address, **quiet)

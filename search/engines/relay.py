@@ -47,7 +47,7 @@ def differences(here: dict[str, str], there: dict[str, str]) -> str:
 
 
 def describe(shared: str, word: str, node: str) -> dict[str, Any]:
-    """This node's versions, which have to be the driver's, and what it finds in a shared folder.
+    """This node's versions, whether it asks for tokens, what it finds in a shared folder.
 
     Args:
         shared: the folder, in which the driver has written `word` into a file; or "".
@@ -59,7 +59,17 @@ def describe(shared: str, word: str, node: str) -> dict[str, Any]:
         with contextlib.suppress(OSError):  # what is missing on either side tells
             found = with_word.read_text()
             with_word.with_suffix(f".{node}").write_text(found)
-    return {"host": socket.gethostname(), "versions": versions(), "word": found}
+    return {
+        "host": socket.gethostname(),
+        "versions": versions(),
+        "has_token": asks_for_token(),
+        "word": found,
+    }
+
+
+def asks_for_token() -> bool:
+    """Whether this process, and so the node's Ray that has started it, refuses who has none."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 def forget(run: str) -> None:

@@ -23,6 +23,7 @@ pytest.importorskip("ray", reason="pip install '.[ray]' brings Ray")
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 ROOT = Path(__file__).parents[2]
 RAY = ("--engine", "ray", "--workers", "2")
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
 
 
 def refused(*arguments, **environment):
@@ -213,6 +214,35 @@ def test_other_packages_on_a_node_are_refused(cluster, tmp_path, monkeypatch):
     code, said = refused("--out", str(tmp_path / "run"), *of(cluster))
     assert (code, "has other versions than this one: keras 3.0.1 (here " in said) == (1, True), said
     assert not (tmp_path / "run" / "study.db").exists()
+
+
+@pytest.mark.slow
+def test_a_token_of_the_command_s_own_is_not_the_cluster_s(cluster, tmp_path):
+    address = ("--engine", "ray", "--address", cluster.address)
+    code, said = refused("--out", str(tmp_path / "run"), *address, **TOKEN)
+    assert (code, "asks for no token" in said) == (EXIT_USAGE, True), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [""])
+def test_a_cluster_with_a_token_is_used_by_who_has_it(tmp_path, scheme):
+    with socket.socket() as one, socket.socket() as other:
+        for sock in (one, other):
+            sock.bind(("127.0.0.1", 0))
+        port, client = (str(sock.getsockname()[1]) for sock in (one, other))
+    ports = ("--port", port, "--ray-client-server-port", client, "--include-dashboard", "false")
+    command = Command(tmp_path, **TOKEN)
+    address = ("--engine", "ray", "--address", f"{scheme}127.0.0.1:{client if scheme else port}")
+    with started(
+        "--head", "--num-cpus", "1", *ports, **TOKEN, DUMMY_LOG=str(command.log), DUMMY_SLEEP="0.1"
+    ):
+        code, said = refused(
+            "--out", str(tmp_path / "run"), *address, **TOKEN | {"RAY_AUTH_TOKEN": "b" * 64}
+        )
+        assert (code, "can't be joined" in said) == (1, True), said
+        code, output = command.run("--trials", "3", *address)
+        assert code == 0, output
+        invariants.check(command.folder, command.log, 3)
 
 
 @pytest.mark.slow
