@@ -200,8 +200,8 @@ class Pool:
         Args:
             search: read the data and describe the space first.
         """
-        self._engine.provide(settings)
-        self._preparation = {"type": "prepare", "settings": settings, "search": search}
+        provided = self._engine.provide(settings)
+        self._preparation = {"type": "prepare", "settings": provided, "search": search}
         for slot in self.slots:
             if slot.worker and slot.described:
                 self._send(slot, self._preparation)

@@ -80,8 +80,8 @@ class LocalEngine:
     def joined(self) -> list[Device]:
         return []
 
-    def provide(self, settings: Message) -> None:
-        """What workers read is on this machine."""
+    def provide(self, settings: Message) -> Message:
+        return settings  # what workers read is on this machine
 
     def close(self) -> None:
         """Workers are the pool's to end."""

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from search import artifacts, datasets, devices, fetching
+from search import artifacts, datasets, devices, fetching, image_folder
 from search.devices import Device
 from search.engines import relay
 from search.errors import EXIT_USAGE, SearchError
@@ -139,21 +139,20 @@ class RayEngine:
         self._num_workers += added
         return [self._device] * added
 
-    def provide(self, settings: Message) -> None:
+    def provide(self, settings: Message) -> Message:
         reference = "" if settings.get("kind") == "objective" else settings.get("dataset", "")
         contents = {}
         if reference in datasets.DATASETS:
             contents = _contents(datasets.files_of(datasets.DATASETS[reference]))
         elif os.path.isdir(reference):
-            raise SearchError(
-                "a cluster's nodes are sent files, not folders of images: make a .npz file of "
-                f"{reference}"
-            )
+            settings = settings | {"dataset": f"{reference}.npz"}
+            contents = {settings["dataset"]: image_folder.packed(Path(reference))}
         elif reference:
             contents = _contents([Path(reference)])
         if settings.get("weights") and os.path.isfile(settings["weights"]):
             contents |= _contents([Path(settings["weights"])])
         self._files |= self._put(contents)
+        return settings
 
     def start(self, device: Device, slot: int) -> RayWorker:
         actor = (

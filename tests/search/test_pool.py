@@ -92,11 +92,10 @@ class Engine:
 
     def __init__(self):
         self.started = []
-        self.provided = []
         self.joining = []
 
     def provide(self, settings):
-        self.provided.append(settings)
+        return settings | {"there": True}
 
     def joined(self):
         joined, self.joining = self.joining, []
@@ -149,7 +148,8 @@ def test_a_worker_is_opened_described_prepared_and_ready(make):
     assert pool.wait_for_description()["epochs"] == 5
     assert pool.idle() == []
     pool.prepare({"seed": 1})
-    assert worker.hear() == [{"type": "prepare", "settings": {"seed": 1}, "search": True}]
+    settings = {"seed": 1, "there": True}  # as the engine provides
+    assert worker.hear() == [{"type": "prepare", "settings": settings, "search": True}]
     worker.say("ready", rss=1, space=[{"name": "x"}])
     assert pool.wait_for_space()["space"] == [{"name": "x"}]
     assert pool.idle() == pool.slots
@@ -165,7 +165,7 @@ def test_a_late_worker_is_prepared_when_it_describes_itself(make):
     engine.started[1].say("described", name="other")
     assert heard(pool) == []
     assert engine.started[1].hear() == [
-        {"type": "prepare", "settings": {"seed": 1}, "search": True}
+        {"type": "prepare", "settings": {"seed": 1, "there": True}, "search": True}
     ]
     assert pool.described["name"] == "mine"  # the first one's word stands
 

@@ -12,7 +12,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from search.errors import EXIT_USAGE
 from tests import invariants
@@ -34,6 +36,16 @@ def refused(*arguments, **environment):
     assert "Traceback" not in done.stderr
     assert done.stderr.count("fmnist-search:") == 1, done.stderr
     return done.returncode, done.stderr
+
+
+def images(folder, num_images):
+    """Two classes of so many grey images, without a test part."""
+    for label, name in enumerate(("cats", "dogs")):
+        (folder / name).mkdir(parents=True)
+        for at in range(num_images):
+            pixels = np.full((8, 8), 100 * label + at, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{at}.png")
+    return folder
 
 
 def test_a_cluster_s_options_need_the_engine(tmp_path):
@@ -112,11 +124,12 @@ def test_e1_workers_actors_and_the_driver_are_killed(tmp_path):
 
 @pytest.mark.slow
 def test_winners_come_back_whole(tmp_path):
-    """The whole journey with Keras: models are written on the node, and brought here."""
-    run = tmp_path / "run"
+    """The whole journey with Keras, on a folder of images that is sent: models are written on the
+    node, and brought here."""
+    run, pets = tmp_path / "run", images(tmp_path / "pets", 80)
     done = subprocess.run(
         [sys.executable, "-m", "search", "--study", "quickstart", "--out", str(run),
-         "--trials", "3", "--seeds", "1", *RAY],
+         "--dataset", str(pets), "--trials", "3", "--seeds", "1", *RAY],
         cwd=ROOT, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -251,6 +264,46 @@ def test_a_folder_that_a_node_does_not_share_is_refused(far, cluster):
     code, said = refused("--out", str(far / "run"), *of(cluster), "--shared", str(shared))
     assert (code, "does not find there what was written here" in said) == (EXIT_USAGE, True), said
     assert list(shared.iterdir()) == []
+
+
+# Two workers of a cluster, with a folder of images that its nodes have not.
+TWO_WORKERS = """
+import logging, sys
+from contextlib import closing
+from pathlib import Path
+
+from search import image_folder
+from search.engines.ray import RayEngine
+from search.pool import Pool
+
+folder, images, study, address, node = sys.argv[1:]
+logging.disable()
+image_folder.prepare(Path(images))
+engine = RayEngine(Path(folder), Path(study), address=address, insecure=True)
+with closing(engine):
+    pool = Pool(engine, engine.devices("2"), {"type": "open", "file": study})
+    with pool:
+        pool.prepare({"dataset": images})
+        while len(pool.idle()) < 2:
+            list(pool.poll(1))
+        hosts = {slot.worker.log.split(":")[0] for slot in pool.slots}
+        for path in sorted(Path(node).rglob("*.npz")):
+            assert not path.is_symlink()
+            print(path.name, path.stat().st_nlink, len(hosts))
+            print(image_folder.packed(Path(images)) == path.read_bytes())
+"""
+
+
+@pytest.mark.slow
+def test_images_come_to_a_node_that_has_not_their_folder(far, cluster):
+    """Nor is their decoded copy on the node: all of it goes through Ray's object store."""
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_WORKERS, str(far / "run"), str(images(far / "data" / "pets", 8)),
+         str(ROOT / "tests/dummy.py"), cluster.address, str(far / "node")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "KERAS_HOME": str(far / "data")},
+    )  # fmt: skip
+    assert done.stdout == "pets.npz 1 1\nTrue\n", done.stderr
 
 
 @pytest.mark.slow
