@@ -296,7 +296,7 @@ class RayWorker:
         if model := message.get("model"):  # trained elsewhere, perhaps
             files = {model: (artifacts.sha256(model), self._ray.put(Path(model).read_bytes()))}
         try:
-            self._actor.send.options(concurrency_group="in").remote(line, files)
+            self._actor.send.remote(line, files)
         except self._ray.exceptions.RayError as error:
             raise OSError(str(error)) from error
 
@@ -319,9 +319,8 @@ class RayWorker:
             self._theirs.close()
 
     def _ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
-        group = {"receive": "out", "read": "out", "end": "end"}[method]
-        call = getattr(self._actor, method).options(concurrency_group=group)
-        return self._ray.get(call.remote(*arguments), timeout=timeout)
+        answer = getattr(self._actor, method).remote(*arguments)
+        return self._ray.get(answer, timeout=timeout)
 
     def _bring_files(self, message: Message) -> None:
         """What a task has written comes here before it is said that it has finished."""

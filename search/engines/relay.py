@@ -77,6 +77,15 @@ def forget(run: str) -> None:
     shutil.rmtree(_node_folder(run), ignore_errors=True)
 
 
+def _group(name: str) -> Any:
+    """Marks a method that runs beside those of other groups; ray:// takes no group with a call."""
+    try:
+        from ray import method
+    except ImportError:  # the engine says so
+        return lambda function: function
+    return method(concurrency_group=name)
+
+
 class Relay:
     """One worker of a run, on this node.
 
@@ -130,6 +139,7 @@ class Relay:
         host = socket.gethostname()
         return {"pid": self._worker.pid, "host": host, "log": f"{host}:{self._worker.log}"}
 
+    @_group("in")
     def send(self, line: bytes, files: Files) -> None:
         """Pass a message on, once the files that it speaks of are here."""
         self._begun.wait()
@@ -140,6 +150,7 @@ class Relay:
         except OSError:
             return  # it has died: `receive` says so
 
+    @_group("out")
     def receive(self) -> bytes | None:
         """Whole lines of what the worker has said; None if nothing for a while, b"" at its end."""
         assert self._worker is not None
@@ -158,6 +169,7 @@ class Relay:
             if found:
                 return whole + found
 
+    @_group("end")
     def end(self) -> tuple[bool, str]:
         """End the worker and what it has started; whether it was killed, and its last words."""
         if self._worker is None:
@@ -165,6 +177,7 @@ class Relay:
         self._worker.kill()
         return self._worker.was_killed(), self._worker.post_mortem()
 
+    @_group("out")
     def read(self, path: str, offset: int) -> bytes:
         """A piece of a file that the worker has written, under the driver's name for it."""
         with open(self._translated(path), "rb") as stream:

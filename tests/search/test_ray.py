@@ -237,7 +237,7 @@ def test_a_token_of_the_command_s_own_is_not_the_cluster_s(cluster, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", [""])
+@pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_cluster_with_a_token_is_used_by_who_has_it(tmp_path, scheme):
     with socket.socket() as one, socket.socket() as other:
         for sock in (one, other):
