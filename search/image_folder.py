@@ -16,6 +16,7 @@ a temporary name first. It belongs to the files as they were: names, sizes and t
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -128,6 +129,15 @@ def load(folder: Path, part: str) -> Arrays:
         raise SearchError(
             f"{copy} is damaged: {error}. Fix: delete it; the next run makes it again"
         ) from error
+
+
+def packed(folder: Path) -> bytes:
+    """The prepared copy as the content of a .npz file, for machines that don't have the folder."""
+    copy = _copy_of(folder)
+    arrays = {key: np.load(copy / f"{key}.npy", mmap_mode="r") for key in NPZ_KEYS}
+    stream = io.BytesIO()
+    np.savez(stream, **arrays, class_names=np.array(_list(folder).class_names))
+    return stream.getvalue()
 
 
 def read_image(path: Path, input_shape: Sequence[int], invert: bool = False) -> np.ndarray:

@@ -200,8 +200,8 @@ class Pool:
         Args:
             search: read the data and describe the space first.
         """
-        self._engine.provide(settings)
-        self._preparation = {"type": "prepare", "settings": settings, "search": search}
+        provided = self._engine.provide(settings)
+        self._preparation = {"type": "prepare", "settings": provided, "search": search}
         for slot in self.slots:
             if slot.worker and slot.described:
                 self._send(slot, self._preparation)
@@ -263,6 +263,9 @@ class Pool:
         """
         if self.interrupted:
             raise Interrupted(self.interrupted)
+        for device in self._engine.joined():
+            self.slots.append(Slot(len(self.slots), device))
+            self._start(self.slots[-1])
         now = time.monotonic()
         for task in (slot.task for slot in self.slots if slot.task):
             # A storage that fails may have kept the coordinator from listening.

@@ -25,7 +25,7 @@ _PACKAGES = (
 def collect() -> dict[str, Any]:
     """What a reader needs to do it again, ready for JSON."""
     return {
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
         "commit": _commit(),
         "hardware": {
@@ -36,8 +36,9 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -199,7 +199,9 @@ class Retraining:
         """Give each job to a worker until all have finished."""
         waiting, running = deque(jobs), dict[int, Job]()
         attempts = dict.fromkeys((job.key for job in jobs), 0)
-        slots = pool.slots[: len(jobs)]
+        # Those that were widened; where all are alike, whoever has time: one may wait for a node.
+        alike = len({slot.device.threads for slot in pool.slots}) == 1
+        slots = pool.slots if alike else pool.slots[: len(jobs)]
         while waiting or running:
             for slot in [slot for slot in pool.idle() if slot in slots]:
                 if not (job := _next(waiting, running)):

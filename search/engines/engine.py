@@ -48,8 +48,11 @@ class Engine(Protocol):
     def devices(self, workers: str) -> list[Device]:
         """One for each worker, as `devices.share_out`."""
 
-    def provide(self, settings: Message) -> None:
-        """Bring what a run with these settings reads to where workers run."""
+    def joined(self) -> list[Device]:
+        """One for each worker that there is room for since this was last asked."""
+
+    def provide(self, settings: Message) -> Message:
+        """Bring what a run reads to where workers run; its settings, as they are to get them."""
 
     def start(self, device: Device, slot: int) -> Worker: ...
     def close(self) -> None: ...

@@ -77,8 +77,11 @@ class LocalEngine:
     def devices(self, workers: str) -> list[Device]:
         return share_out(workers)
 
-    def provide(self, settings: Message) -> None:
-        """What workers read is on this machine."""
+    def joined(self) -> list[Device]:
+        return []
+
+    def provide(self, settings: Message) -> Message:
+        return settings  # what workers read is on this machine
 
     def close(self) -> None:
         """Workers are the pool's to end."""

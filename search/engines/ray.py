@@ -13,14 +13,16 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
-from search import artifacts, datasets, devices, fetching
+from search import artifacts, datasets, devices, fetching, image_folder
 from search.devices import Device
 from search.engines import relay
 from search.errors import EXIT_USAGE, SearchError
@@ -31,7 +33,12 @@ logger = logging.getLogger("search")
 _MAX_STUDY = 10_000_000  # bytes of Python files beside a study's
 _REACHABLE = 5.0  # seconds for a connection to a cluster
 _ANSWER = 60.0  # seconds for a node's description
+_LOOK = 5.0  # seconds between two looks at which nodes there are
 _GONE = 3.0  # seconds for an actor to end its worker, before it is ended itself
+_NO_TOKEN = (
+    "whoever reaches a Ray cluster without token authentication runs code on it. Start it "
+    "and this command with RAY_AUTH_MODE=token, or take --allow-insecure-ray"
+)
 
 
 class RayEngine:
@@ -66,18 +73,30 @@ class RayEngine:
         name = f"{socket.gethostname()}:{self._folder}"
         self._run = hashlib.sha256(name.encode()).hexdigest()[:16]
         self._share = {"num_cpus": 1.0, "num_gpus": 0.0}  # of each worker
+        self._device, self._num_workers = Device(1), 0
+        self._counted = ""  # what each worker has one of: as many as there are, now and later
         self._home = str(fetching.keras_datasets().parent)
         self._files: relay.Files = {}  # that workers read
-        self._study_files = self._put(_beside(study))
+        self._study_files = self._put(_contents(_beside(study)))
+        self._shared = None if shared is None else Path(shared).absolute()
+        self._insecure = insecure or address is None
+        self._word = secrets.token_hex(8)  # written into the shared folder
+        self._versions = relay.versions()
+        self._asked: dict[str, Any] = {}  # nodes -> their descriptions, to come
+        self._fit: set[str] = set()  # nodes that can be used
+        self._unfit: set[str] = set()
+        self._looked = time.monotonic()
         try:
-            self._check_nodes(shared)
+            self._ask_newcomers()
+            for node in list(self._asked):
+                self._judge(node)
         except BaseException:
+            self._clear_shared()
             self._ray.shutdown()
             raise
 
     def devices(self, workers: str) -> list[Device]:
-        total = self._ray.cluster_resources()
-        gpus, cpus = int(total.get("GPU", 0)), int(total.get("CPU", 0))
+        gpus, cpus = self._total("GPU"), self._total("CPU")
         if workers != "auto" and not (workers.isdecimal() and int(workers)):
             raise SearchError(
                 f"--workers is auto or a number above 0. Received: {workers!r}",
@@ -96,83 +115,140 @@ class RayEngine:
         threads = max(1, cpus // max(count, gpus or 1))
         if not gpus:  # as many as it may have on a node
             threads = max(1, int(self._share["num_cpus"]))
-        return [Device(threads, "of the cluster" if gpus else None) for _ in range(count)]
+        if workers == "auto":
+            self._counted = "GPU" if gpus else "CPU"
+        self._device, self._num_workers = Device(threads, "of the cluster" if gpus else None), count
+        return [self._device] * count
 
-    def provide(self, settings: Message) -> None:
-        paths = _data_files(settings.get("dataset") or "")
+    def joined(self) -> list[Device]:
+        if time.monotonic() < self._looked + _LOOK:
+            return []
+        self._looked = time.monotonic()
+        self._ask_newcomers()
+        for node, answer in list(self._asked.items()):
+            if not self._ray.wait([answer], timeout=0)[0]:
+                continue
+            try:
+                self._judge(node)
+            except SearchError as error:
+                self._unfit.add(node)
+                logger.warning("%s; it is not used", error)
+        added = max(0, self._total(self._counted) - self._num_workers) if self._counted else 0
+        if added:
+            logger.info("nodes have joined: %d more worker%s", added, "" if added == 1 else "s")
+        self._num_workers += added
+        return [self._device] * added
+
+    def provide(self, settings: Message) -> Message:
+        reference = "" if settings.get("kind") == "objective" else settings.get("dataset", "")
+        contents = {}
+        if reference in datasets.DATASETS:
+            contents = _contents(datasets.files_of(datasets.DATASETS[reference]))
+        elif os.path.isdir(reference):
+            settings = settings | {"dataset": f"{reference}.npz"}
+            contents = {settings["dataset"]: image_folder.packed(Path(reference))}
+        elif reference:
+            contents = _contents([Path(reference)])
         if settings.get("weights") and os.path.isfile(settings["weights"]):
-            paths.append(Path(settings["weights"]))
-        self._files |= self._put(paths)
+            contents |= _contents([Path(settings["weights"])])
+        self._files |= self._put(contents)
+        return settings
 
     def start(self, device: Device, slot: int) -> RayWorker:
         actor = (
             self._ray.remote(concurrency_groups={"in": 1, "out": 1, "end": 1})(relay.Relay)
-            .options(**self._share)
+            .options(**self._share, **self._elsewhere())
             .remote(self._run, self._folder, str(relay.ROOT))
         )
         backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-        begun = actor.begin.remote(slot, device, self._home, backend, self._study_files)
+        begun = actor.begin.remote(
+            slot, device, self._home, backend, self._study_files, self._versions
+        )
         return RayWorker(self._ray, actor, begun, self._files)
 
     def close(self) -> None:
+        self._clear_shared()
         with contextlib.suppress(Exception):  # a node that is gone has forgotten
-            self._ray.get(self._everywhere(relay.forget, self._run), timeout=10)
+            forgotten = [self._call(node, relay.forget, self._run) for node in self._alive()]
+            self._ray.get(forgotten, timeout=10)
         self._ray.shutdown()
 
-    def _put(self, paths: list[Path]) -> relay.Files:
+    def _put(self, contents: dict[str, bytes]) -> relay.Files:
         """Into the object store, from which a node takes each once."""
         return {
-            str(path.absolute()): (artifacts.sha256(path), self._ray.put(path.read_bytes()))
-            for path in paths
-            if str(path.absolute()) not in self._files
+            path: (hashlib.sha256(content).hexdigest(), self._ray.put(content))
+            for path, content in contents.items()
         }
 
-    def _everywhere(self, function: Any, *arguments: Any) -> list[Any]:
-        """One call on each node."""
+    def _elsewhere(self) -> dict[str, Any]:
+        """An actor's option that keeps it away from nodes that can't be used."""
+        nodes = ", ".join(sorted(self._unfit))
+        return {"label_selector": {"ray.io/node-id": f"!in({nodes})"}} if nodes else {}
+
+    def _alive(self) -> dict[str, dict[str, float]]:
+        """Nodes and what each has."""
+        return {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
+
+    def _total(self, resource: str) -> int:
+        nodes = self._alive()
+        return int(sum(nodes[node].get(resource, 0) for node in nodes.keys() & self._fit))
+
+    def _call(self, node: str, function: Any, *arguments: Any) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        call = self._ray.remote(num_cpus=0, max_retries=0)(function)
-        return [
-            call.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(*arguments)
-            for node in self._ray.nodes()
-            if node["Alive"]
-        ]
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        call = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
+        return call.remote(*arguments)
 
-    def _check_nodes(self, shared: Path | None) -> None:
-        word = secrets.token_hex(8)
-        folder = "" if shared is None else str(shared.absolute())
-        if shared is not None:
-            artifacts.write_text(shared / f".{word}", word)
+    def _ask_newcomers(self) -> None:
+        """Have nodes that have not been seen yet describe themselves."""
+        new = self._alive().keys() - self._asked.keys() - self._fit - self._unfit
+        if new and self._shared:
+            artifacts.write_text(self._shared / f".{self._word}", self._word)
+        for node in new:
+            folder = str(self._shared or "")
+            self._asked[node] = self._call(node, relay.describe, folder, self._word, node)
+
+    def _judge(self, node: str) -> None:
+        """Read its description.
+
+        Raises:
+            SearchError: if it can't be used; the message says why.
+        """
         try:
-            found = self._ray.get(self._everywhere(relay.describe, folder, word), timeout=_ANSWER)
-            answers = len(list(shared.glob(f".{word}.*"))) if shared else 0
+            found = self._ray.get(self._asked.pop(node), timeout=_ANSWER)
+            # By its name: a network folder's listing may be a minute old.
+            answer = self._shared and (self._shared / f".{self._word}.{node}").is_file()
         except self._ray.exceptions.RayError as error:
             raise SearchError(
                 f"a node of the cluster can't run this project ({_one_line(error)}); install "
                 "fmnist-search there, with the same versions as here"
             ) from None
         finally:
-            for left in shared.glob(f".{word}*") if shared else ():
-                left.unlink(missing_ok=True)
-        here = relay.describe()["versions"]
-        for node in found:
-            if differing := {n: v for n, v in node["versions"].items() if here.get(n) != v}:
-                pairs = ", ".join(f"{n} {v} (here {here.get(n)})" for n, v in differing.items())
-                raise SearchError(f"node {node['host']} has other versions than this one: {pairs}")
-            if shared and node["word"] != word:
-                raise SearchError(
-                    f"--shared {shared} is not shared: node {node['host']} does not find there "
-                    "what was written here",
-                    exit_code=EXIT_USAGE,
-                )
-        if shared and answers < len(found):
+            if not self._asked:
+                self._clear_shared()
+        host = found["host"]
+        if not (found["has_token"] or self._insecure):
+            raise SearchError(f"node {host} asks for no token: {_NO_TOKEN}", exit_code=EXIT_USAGE)
+        if differing := relay.differences(self._versions, found["versions"]):
+            raise SearchError(f"node {host} has other versions than this one: {differing}")
+        if self._shared and found["word"] != self._word:
             raise SearchError(
-                f"--shared {shared} is not shared: what {len(found) - answers} of {len(found)} "
-                "nodes wrote there is not found here",
+                f"--shared {self._shared} is not shared: node {host} does not find there "
+                "what was written here",
                 exit_code=EXIT_USAGE,
             )
+        if self._shared and not answer:
+            raise SearchError(
+                f"--shared {self._shared} is not shared: what node {host} wrote there is not "
+                "found here",
+                exit_code=EXIT_USAGE,
+            )
+        self._fit.add(node)
+
+    def _clear_shared(self) -> None:
+        for left in self._shared.glob(f".{self._word}*") if self._shared else ():
+            left.unlink(missing_ok=True)
 
 
 class RayWorker:
@@ -220,7 +296,7 @@ class RayWorker:
         if model := message.get("model"):  # trained elsewhere, perhaps
             files = {model: (artifacts.sha256(model), self._ray.put(Path(model).read_bytes()))}
         try:
-            self._actor.send.options(concurrency_group="in").remote(line, files)
+            self._actor.send.remote(line, files)
         except self._ray.exceptions.RayError as error:
             raise OSError(str(error)) from error
 
@@ -243,9 +319,8 @@ class RayWorker:
             self._theirs.close()
 
     def _ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
-        group = {"receive": "out", "read": "out", "end": "end"}[method]
-        call = getattr(self._actor, method).options(concurrency_group=group)
-        return self._ray.get(call.remote(*arguments), timeout=timeout)
+        answer = getattr(self._actor, method).remote(*arguments)
+        return self._ray.get(answer, timeout=timeout)
 
     def _bring_files(self, message: Message) -> None:
         """What a task has written comes here before it is said that it has finished."""
@@ -291,12 +366,8 @@ def _joined(address: str | None, insecure: bool) -> Any:
             **quiet,
         )
         return ray
-    if not (insecure or os.environ.get("RAY_AUTH_MODE", "").lower() == "token"):
-        raise SearchError(
-            "whoever reaches a Ray cluster without token authentication runs code on it. Start it "
-            "and this command with RAY_AUTH_MODE=token, or take --allow-insecure-ray",
-            exit_code=EXIT_USAGE,
-        )
+    if not (insecure or relay.asks_for_token()):
+        raise SearchError(_NO_TOKEN, exit_code=EXIT_USAGE)
     _refuse_unreachable(address)
     try:
         ray.init(address, **quiet)
@@ -324,8 +395,9 @@ def _refuse_unreachable(address: str) -> None:
 
 
 def _fraction(available: int, count: int) -> float:
-    """Of a resource for each of so many workers, at most one whole; rounded down as Ray counts."""
-    return min(1.0, int(10_000 * available / count) / 10_000)
+    """Of a resource for each of so many workers: 1/K, so that K fit on each GPU, wherever it is;
+    rounded down as Ray counts."""
+    return int(10_000 / math.ceil(count / available)) / 10_000
 
 
 def _beside(study: Path) -> list[Path]:
@@ -336,17 +408,8 @@ def _beside(study: Path) -> list[Path]:
     return files if sum(file.stat().st_size for file in files) < _MAX_STUDY else [study]
 
 
-def _data_files(reference: str) -> list[Path]:
-    """What a data set is read from."""
-    if reference in datasets.DATASETS:
-        return datasets.files_of(datasets.DATASETS[reference])
-    path = Path(reference)
-    if reference and path.is_dir():
-        raise SearchError(
-            "a cluster's nodes are sent files, not folders of images: make a .npz file of "
-            f"{reference}"
-        )
-    return [path] if reference else []
+def _contents(files: list[Path]) -> dict[str, bytes]:
+    return {str(file.absolute()): file.read_bytes() for file in files}
 
 
 def _one_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ come there from Ray's object store once, or are linked where the node has the sa
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -31,25 +32,58 @@ _PATIENCE = 20.0  # seconds until a worker that is silent is asked for again
 Files = dict[str, tuple[str, Any]]  # the driver's path -> SHA-256, reference of the content
 
 
-def describe(shared: str = "", word: str = "") -> dict[str, Any]:
-    """This node's versions, which have to be the driver's, and what it finds in a shared folder.
+def versions() -> dict[str, str]:
+    """This machine's, which have to be those of all others."""
+    return provenance.versions() | {"code": _code()}
+
+
+def differences(here: dict[str, str], there: dict[str, str]) -> str:
+    """Two machines' versions where they are not the same; nothing where all are."""
+    return ", ".join(
+        f"{name} {there.get(name, 'absent')} (here {here.get(name, 'absent')})"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    )
+
+
+def describe(shared: str, word: str, node: str) -> dict[str, Any]:
+    """This node's versions, whether it asks for tokens, what it finds in a shared folder.
 
     Args:
-        shared: the folder, in which the driver has written `word` into a file; an answer is left.
+        shared: the folder, in which the driver has written `word` into a file; or "".
+        node: its name in the cluster: the answer in the shared folder bears it.
     """
     found = ""
     if shared:
         with_word = Path(shared) / f".{word}"
-        found = with_word.read_text() if with_word.is_file() else ""
-        if found:
-            with_word.with_suffix(f".{socket.gethostname()}-{os.getpid()}").write_text(found)
-    versions = provenance.collect()["versions"]
-    return {"host": socket.gethostname(), "versions": versions | {"code": _code()}, "word": found}
+        with contextlib.suppress(OSError):  # what is missing on either side tells
+            found = with_word.read_text()
+            with_word.with_suffix(f".{node}").write_text(found)
+    return {
+        "host": socket.gethostname(),
+        "versions": versions(),
+        "has_token": asks_for_token(),
+        "word": found,
+    }
+
+
+def asks_for_token() -> bool:
+    """Whether this process, and so the node's Ray that has started it, refuses who has none."""
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
 
 
 def forget(run: str) -> None:
     """Remove what a run has left on this node."""
     shutil.rmtree(_node_folder(run), ignore_errors=True)
+
+
+def _group(name: str) -> Any:
+    """Marks a method that runs beside those of other groups; ray:// takes no group with a call."""
+    try:
+        from ray import method
+    except ImportError:  # the engine says so
+        return lambda function: function
+    return method(concurrency_group=name)
 
 
 class Relay:
@@ -69,14 +103,25 @@ class Relay:
         self._worker: LocalWorker | None = None
         self._unread = b""
 
-    def begin(self, slot: int, device: Device, home: str, backend: str, files: Files) -> Any:
+    def begin(
+        self,
+        slot: int,
+        device: Device,
+        home: str,
+        backend: str,
+        files: Files,
+        driver: dict[str, str],
+    ) -> Any:
         """Start the worker; its process and host.
 
         Args:
             home: the driver's KERAS_HOME.
             backend: of Keras.
             files: of the study.
+            driver: its versions. This node may have joined a moment ago, and not been asked yet.
         """
+        if differing := differences(driver, versions()):
+            raise RuntimeError(f"{socket.gethostname()} has other versions: {differing}")
         os.umask(folders.PRIVATE)
         self._node.mkdir(parents=True, exist_ok=True)
         if self._node.parent.stat().st_uid != os.getuid():
@@ -94,6 +139,7 @@ class Relay:
         host = socket.gethostname()
         return {"pid": self._worker.pid, "host": host, "log": f"{host}:{self._worker.log}"}
 
+    @_group("in")
     def send(self, line: bytes, files: Files) -> None:
         """Pass a message on, once the files that it speaks of are here."""
         self._begun.wait()
@@ -104,6 +150,7 @@ class Relay:
         except OSError:
             return  # it has died: `receive` says so
 
+    @_group("out")
     def receive(self) -> bytes | None:
         """Whole lines of what the worker has said; None if nothing for a while, b"" at its end."""
         assert self._worker is not None
@@ -122,6 +169,7 @@ class Relay:
             if found:
                 return whole + found
 
+    @_group("end")
     def end(self) -> tuple[bool, str]:
         """End the worker and what it has started; whether it was killed, and its last words."""
         if self._worker is None:
@@ -129,6 +177,7 @@ class Relay:
         self._worker.kill()
         return self._worker.was_killed(), self._worker.post_mortem()
 
+    @_group("out")
     def read(self, path: str, offset: int) -> bytes:
         """A piece of a file that the worker has written, under the driver's name for it."""
         with open(self._translated(path), "rb") as stream:

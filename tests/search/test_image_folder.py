@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from search import datasets, fetching, image_folder
+from search import datasets, fetching, formats, image_folder
 from search.errors import SearchError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -416,6 +416,18 @@ def test_a_damaged_copy_is_made_again(flowers, home, spoil, name):
     assert levels(flowers, "train") == ([0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 1, 1])
     assert home.is_dir()
     assert names(home) == [copy.name]
+
+
+def test_packed_images_are_read_as_those_of_the_folder(flowers, tmp_path):
+    image_folder.prepare(flowers)
+    packed = tmp_path / "flowers.npz"
+    packed.write_bytes(image_folder.packed(flowers))
+    assert formats.describe_npz(packed) == image_folder.describe(flowers)
+    for part in ("train", "test"):
+        for there, here in zip(
+            formats.read_npz(packed, part), image_folder.load(flowers, part), strict=True
+        ):
+            np.testing.assert_array_equal(there, here, strict=True)
 
 
 def test_the_hash_is_of_content(flowers, tmp_path):

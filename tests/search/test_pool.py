@@ -92,10 +92,14 @@ class Engine:
 
     def __init__(self):
         self.started = []
-        self.provided = []
+        self.joining = []
 
     def provide(self, settings):
-        self.provided.append(settings)
+        return settings | {"there": True}
+
+    def joined(self):
+        joined, self.joining = self.joining, []
+        return joined
 
     def start(self, device, slot):
         self.started.append(Worker(device))
@@ -144,7 +148,8 @@ def test_a_worker_is_opened_described_prepared_and_ready(make):
     assert pool.wait_for_description()["epochs"] == 5
     assert pool.idle() == []
     pool.prepare({"seed": 1})
-    assert worker.hear() == [{"type": "prepare", "settings": {"seed": 1}, "search": True}]
+    settings = {"seed": 1, "there": True}  # as the engine provides
+    assert worker.hear() == [{"type": "prepare", "settings": settings, "search": True}]
     worker.say("ready", rss=1, space=[{"name": "x"}])
     assert pool.wait_for_space()["space"] == [{"name": "x"}]
     assert pool.idle() == pool.slots
@@ -160,7 +165,7 @@ def test_a_late_worker_is_prepared_when_it_describes_itself(make):
     engine.started[1].say("described", name="other")
     assert heard(pool) == []
     assert engine.started[1].hear() == [
-        {"type": "prepare", "settings": {"seed": 1}, "search": True}
+        {"type": "prepare", "settings": {"seed": 1, "there": True}, "search": True}
     ]
     assert pool.described["name"] == "mine"  # the first one's word stands
 
@@ -358,6 +363,18 @@ def test_other_threads_need_another_worker(make):
     pool.give_threads(pool.slots[0], 4)
     assert [worker.device.threads for worker in engine.started] == [1, 4]
     assert engine.started[0].killed
+
+
+def test_a_device_that_joins_gets_a_worker(make):
+    pool, engine = make()
+    engine.joining = [Device(threads=2)]
+    heard(pool)
+    heard(pool)
+    assert [worker.device.threads for worker in engine.started] == [1, 2]
+    engine.started[1].be_ready()
+    while not pool.idle():
+        heard(pool)
+    assert pool.idle() == [pool.slots[1]]
 
 
 def test_tasks_that_nobody_waits_for_are_dropped_with_their_worker(make):

@@ -150,6 +150,17 @@ def test_fewer_jobs_than_slots_share_all_cores(study, tmp_path, monkeypatch, spe
     assert [count for task, count in pool.threads if task == "retrain"] == threads
 
 
+def test_no_job_waits_for_a_slot_whose_worker_waits_for_a_node(study, tmp_path):
+    pool, polls = pool_of(tmp_path), iter(range(100))
+
+    def idle():
+        assert next(polls, None) is not None, "it would wait for ever"
+        return [slot for slot in pool.slots[1:] if slot.task is None]
+
+    pool.idle = idle
+    assert retrain(study, tmp_path, pool, seeds=1).is_done()
+
+
 def test_what_is_there_is_not_done_again(study, tmp_path):
     retrain(study, tmp_path, pool_of(tmp_path), seeds=2)
     pool = pool_of(tmp_path)
