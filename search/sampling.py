@@ -6,11 +6,14 @@ seeded sampler that lived as long as its process would repeat its first points a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import optuna
+from optuna.trial import FrozenTrial
 
 # Trials that TPE draws at random before it models anything.
 STARTUP_TRIALS = 12
@@ -61,6 +64,31 @@ def sampler(
         )
 
 
+class _WhenAsked(optuna.samplers.BaseSampler):
+    """A sampler that is made when it has something to draw: most of a trial is drawn jointly.
+
+    To make one of Optuna's takes longer than all else of a suggestion.
+    """
+
+    def __init__(self, make: Callable[[], optuna.samplers.BaseSampler]):
+        self._made = functools.cache(make)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, Any]:
+        return self._made().infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]
+    ) -> dict[str, Any]:
+        return self._made().sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        return self._made().sample_independent(study, trial, param_name, param_distribution)
+
+
 class TrialSampling:
     """The suggestions of one trial, the same whether it is asked in one go or after a crash.
 
@@ -81,5 +109,6 @@ class TrialSampling:
 
     def suggest(self, kind: str, name: str, arguments: dict[str, Any]) -> Any:
         """Raises ValueError if the range is none, or not the one the trial has stored."""
-        self._study.sampler = sampler(self._name, seed_for(self._seed, self.trial.number, name))
+        seed = seed_for(self._seed, self.trial.number, name)
+        self._study.sampler = _WhenAsked(lambda: sampler(self._name, seed))
         return getattr(self.trial, f"suggest_{kind}")(name, **arguments)
