@@ -163,7 +163,8 @@ class Coordinator:
         self._running[slot.index] = trial
         seed = sampling.seed_for(settings.seed, trial.number, "training")
         task = {"task": "trial", "seed": seed, "checkpoint": self._checkpoint(trial.number)}
-        pool.give(slot, trial.number, trial.attempt, task, settings.trial_timeout)
+        timeout = settings.trial_timeout
+        pool.give(slot, trial.number, trial.attempt, task, timeout, alone=trial.is_alone)
         slot.status |= {"what": f"trial {trial.number}", "step": 0}
 
     def _checkpoint(self, number: int) -> str:

@@ -224,8 +224,18 @@ class Pool:
         attempt: int,
         content: Message,
         timeout: float | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
-        """Start a task on an idle slot; a worker that takes longer (seconds) is replaced."""
+        """Start a task on an idle slot; a worker that takes longer (seconds) is replaced.
+
+        Args:
+            alone: the others, idle all, are replaced first: an idle worker keeps what memory its
+                last task took, on a GPU too.
+        """
+        for other in self.slots if alone else ():
+            if other is not slot:
+                self._restart(other)
         slot.task = Task(trial, attempt, content, timeout)
         self._send(slot, {"type": "start", "trial": trial, "attempt": attempt, **content})
 

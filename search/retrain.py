@@ -208,7 +208,8 @@ class Retraining:
                     break
                 attempts[job.key] += 1
                 running[slot.index] = job
-                pool.give(slot, job.trial, attempts[job.key], order(job))
+                attempt = attempts[job.key]
+                pool.give(slot, job.trial, attempt, order(job), alone=job.is_alone)
                 slot.status |= {"what": job.stem}
             for event in pool.poll(0.25):
                 self._handle(event, running, waiting, attempts, store)

@@ -27,7 +27,8 @@ class ScriptedPool:
     def idle(self):
         return [slot for slot in self.slots if slot.task is None]
 
-    def give(self, slot, trial, attempt, content, timeout=None):
+    def give(self, slot, trial, attempt, content, timeout=None, *, alone=False):
+        assert not alone or self.busy() == []
         self.at_start()
         self.given.append((trial, attempt, content))
         slot.task = Task(trial, attempt, content)

@@ -128,7 +128,10 @@ class Space(keras_tuner.HyperModel):
         ({"space": "file.py"}, {}, "'file.py:name' or 'module:name'"),
         ({"space": "missing.py:Space"}, {}, "There is no file .*missing.py"),
         ({"space": "missing_module:Space"}, {}, "can't import 'missing_module'"),
-        ({"space": "keras_tuner:Space"}, {}, "keras_tuner has no 'Space'"),
+        pytest.param(
+            *({"space": "keras_tuner:Space"}, {}, "keras_tuner has no 'Space'"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_workers_cannot_reach_is_one_line(tmp_path, arguments, options, rule):

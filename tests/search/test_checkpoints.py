@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_training_is_not_taken(tmp_path):
     assert Checkpoints(tmp_path / "other.npz", {"training": "a"}).reports == 0
 
 
-@pytest.mark.parametrize("make", [network, decayed])
+@pytest.mark.parametrize("make", [network, pytest.param(decayed, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_another_model_is_begun_again(tmp_path, caplog, make):
     """Another layer, or other callbacks, than when it was killed."""
 
@@ -163,7 +163,14 @@ def test_a_checkpoint_of_another_model_is_begun_again(tmp_path, caplog, make):
 
 
 @pytest.mark.fault("A2")
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated",
+        pytest.param("empty", marks=pytest.mark.slow),
+        pytest.param("garbage", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_checkpoint_is_begun_again(tmp_path, caplog, damage):
     path = tmp_path / "c.npz"
     with pytest.raises(Killed):

@@ -183,6 +183,7 @@ def test_a_script_trains_the_model_that_the_product_trains(tmp_path):
     assert printed["test accuracy"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_plateau_is_trained_alike(tmp_path, monkeypatch):
     values = SMALL | {"schedule": "plateau", "shift": 0, "erasing": 0.2}
     text, model = trained(values)

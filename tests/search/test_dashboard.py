@@ -201,6 +201,7 @@ def test_a_trial_that_ends_meanwhile_is_shown(served, folder):
     study._storage._backend.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_second_one_takes_the_next_port_and_says_so(served, folder):
     port = int(served.rpartition(":")[2])
     process, said = start(folder, "--port", str(port))

@@ -123,7 +123,7 @@ def check_killed_after_write(folder, number):
 
 
 @pytest.mark.fault("K3")
-@pytest.mark.parametrize("number", [2, 18])
+@pytest.mark.parametrize("number", [2, pytest.param(18, marks=pytest.mark.slow)])
 def test_k3_a_kill_after_a_write_loses_nothing(tmp_path, number):
     assert check_killed_after_write(tmp_path / "k3", number)
 
@@ -166,6 +166,7 @@ def test_k5_a_stopped_worker_is_replaced_and_its_trial_runs_again(command):
 
 
 @pytest.mark.fault("K6")
+@pytest.mark.slow
 def test_k6_an_endless_loop_is_ended_and_the_others_go_on(tmp_path):
     command = Command(tmp_path, DUMMY_FAULT="hang", DUMMY_SLEEP="0.02")
     code, output = command.run(
@@ -184,6 +185,7 @@ def test_k6_an_endless_loop_is_ended_and_the_others_go_on(tmp_path):
 
 
 @pytest.mark.fault("K7")
+@pytest.mark.slow
 def test_k7_a_second_signal_ends_it_at_once(command):
     process = command.start("--trials", "12", "--workers", "2")
     command.wait_for_report()
@@ -231,6 +233,7 @@ def test_k8_a_second_coordinator_is_refused(command):
 
 
 @pytest.mark.fault("K9")
+@pytest.mark.slow
 def test_k9_eight_processes_create_the_same_study_at_once(command):
     processes = [command.start("--trials", "2", "--workers", "1") for _ in range(8)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]

@@ -327,6 +327,7 @@ def test_training_the_rest_is_training_the_model(tmp_path):
     assert_near(whole.predict_on_batch(images()), other.predict_on_batch(images()))
 
 
+@pytest.mark.slow
 def test_training_the_rest_from_the_first_step_on():
     def fresh():
         keras.utils.set_random_seed(3)

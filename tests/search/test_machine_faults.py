@@ -105,7 +105,7 @@ int clock_gettime(clockid_t id, struct timespec *now) {
 
 
 @pytest.mark.fault("T1")
-@pytest.mark.parametrize("seconds", [3600, -3600])
+@pytest.mark.parametrize("seconds", [pytest.param(3600, marks=pytest.mark.slow), -3600])
 def test_t1_a_clock_that_jumps_an_hour(tmp_path, seconds):
     if not shutil.which("cc"):
         pytest.skip("no C compiler, to set the clock of one process")

@@ -365,6 +365,18 @@ def test_other_threads_need_another_worker(make):
     assert engine.started[0].killed
 
 
+def test_a_task_that_is_alone_finds_no_memory_kept_by_the_others(make):
+    pool, engine = make(2)
+    for worker in engine.started:
+        worker.be_ready()
+    while len(pool.idle()) < 2:
+        heard(pool)
+    pool.give(pool.slots[1], 4, 1, {"task": "trial"}, alone=True)
+    assert [worker.killed for worker in engine.started] == [True, False, False]
+    assert pool.busy() == [pool.slots[1]]
+    assert pool.idle() == []
+
+
 def test_a_device_that_joins_gets_a_worker(make):
     pool, engine = make()
     engine.joining = [Device(threads=2)]

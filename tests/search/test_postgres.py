@@ -110,6 +110,7 @@ def test_a_lock_names_its_holder_and_dies_with_it(url):
 
 
 @pytest.mark.fault("S2")
+@pytest.mark.slow
 def test_s2_a_writer_takes_its_lock_again_after_an_outage(postgres, url):
     database = storage.at(url)
     with database.lock("mine"):
