@@ -200,6 +200,25 @@ def test_the_table_of_samplers(name, kind):
     assert isinstance(sampling.sampler(name, 0), kind)
 
 
+def test_of_the_others_tpe_looks_at_the_latest(opened, monkeypatch):
+    def draw(most, early):
+        monkeypatch.setattr(sampling, "MOST_OTHERS", most)
+        study = opened(f"{most}-{early}", is_filled=False)
+        rng = random.Random(3)
+        rates = [early] * 10 + [rng.random() for _ in range(30)]
+        for number, rate in enumerate(rates):
+            value = -1.0 if number < 10 else -abs(rate - 0.2)
+            distributions = {"rate": FloatDistribution(0.0, 1.0)}
+            study.add_trial(
+                create_trial(params={"rate": rate}, distributions=distributions, value=value)
+            )
+        trial = TrialSampling(study, ask(study), "tpe", 0)
+        return trial.suggest("float", "rate", {"low": 0.0, "high": 1.0})
+
+    assert draw(26, 0.2) == draw(26, 0.9)
+    assert draw(36, 0.2) != draw(36, 0.9)
+
+
 def test_tpe_groups_conditional_hyperparameters(opened):
     """All that exist together are drawn at once, though no trial has them all."""
     study = opened()
