@@ -19,6 +19,7 @@ import optuna
 import sqlalchemy
 from optuna.storages._rdb import models
 
+from search import reading
 from search.errors import EXIT_STORAGE_LOST, SearchError
 
 logger = logging.getLogger("search")
@@ -134,6 +135,16 @@ class PatientStorage(optuna.storages.RDBStorage):
         self._num_before: int | None = None  # trials, before one that is being made
         self.patiently(lambda _: super(PatientStorage, self).__init__(*arguments, **named))
 
+    def _get_trials(
+        self,
+        study_id: int,
+        states: Any,
+        included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[optuna.trial.FrozenTrial]:
+        among, after = included_trial_ids, trial_id_greater_than
+        return self.patiently(lambda _: reading.read(self.engine, study_id, states, among, after))
+
     def _create_new_trial(self, study_id: int, template_trial: Any = None) -> Any:
         self._num_before = None
         make = super()._create_new_trial  # tries again itself, some times
@@ -165,6 +176,6 @@ for _name in (
     *("create_new_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id"),
     *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs"),
     *("get_trial", "get_trial_id_from_study_id_trial_number"),
-    *("_get_trials", "_get_best_trial_id"),
+    "_get_best_trial_id",
 ):
     setattr(PatientStorage, _name, _tried_again(_name))
