@@ -220,6 +220,9 @@ class RayEngine:
             # By its name: a network folder's listing may be a minute old.
             answer = self._shared and (self._shared / f".{self._word}.{node}").is_file()
         except self._ray.exceptions.RayError as error:
+            if node not in self._alive():  # a cluster notices late that one has gone
+                logger.warning("a node of the cluster left before it could be asked")
+                return
             raise SearchError(
                 f"a node of the cluster can't run this project ({_one_line(error)}); install "
                 "fmnist-search there, with the same versions as here"

@@ -123,17 +123,19 @@ def check_killed_after_write(folder, number):
 
 
 @pytest.mark.fault("K3")
-@pytest.mark.parametrize("number", [2, pytest.param(18, marks=pytest.mark.slow)])
-def test_k3_a_kill_after_a_write_loses_nothing(tmp_path, number):
-    assert check_killed_after_write(tmp_path / "k3", number)
+def test_k3_a_kill_after_a_write_loses_nothing(tmp_path):
+    assert check_killed_after_write(tmp_path / "k3", 2)
 
 
 @pytest.mark.fault("K3")
-@pytest.mark.slow
-def test_k3_a_kill_after_any_write_loses_nothing(tmp_path):
-    number = 1
+@pytest.mark.parametrize(
+    "every",
+    [pytest.param(1, marks=pytest.mark.longest), pytest.param(4, marks=pytest.mark.slow)],
+)
+def test_k3_a_kill_after_any_write_loses_nothing(tmp_path, every):
+    number = every
     while check_killed_after_write(tmp_path / str(number), number):
-        number += 1
+        number += every
     assert number > 30
 
 

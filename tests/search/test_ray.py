@@ -137,27 +137,19 @@ def test_winners_come_back_whole(tmp_path):
     assert (run / "metrics.json").exists()
 
 
-@pytest.fixture(scope="module")
-def head():
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
     """A cluster of this machine without a token, whose head works on nothing."""
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # a token in the home folder changes the default
-        patch.setenv("PYTHONPATH", str(ROOT))
-        running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-        yield running
-        running.shutdown()
-
-
-@pytest.fixture
-def cluster(head, tmp_path, monkeypatch):
-    """The head, and no node that another test has added."""
     monkeypatch.setenv("DUMMY_LOG", str(tmp_path / "dummy.log"))  # nodes hand on their environment
     monkeypatch.setenv("DUMMY_SLEEP", "0.5")
-    yield head
-    for node in list(head.worker_nodes):
-        head.remove_node(node, allow_graceful=False)
+    # A token in the home folder changes the default.
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    yield running
+    running.shutdown()
 
 
 def of(cluster):
