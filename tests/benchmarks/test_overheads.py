@@ -46,7 +46,7 @@ def test_copied_trials_are_a_study_as_optuna_reads_it(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.fault("S7")
 def test_a_study_of_10_000_trials(tmp_path):
-    """The row's bounds are far above what an idle machine needs; a busy one stays below them."""
+    """What an idle machine takes the row's times for is the processor's; a busy one takes longer."""
     given = argparse.Namespace(seconds=10.0, pruner="asha", profile=None)
     found = {}
     for count, database in overheads.fill(tmp_path, [100, 10_000]).items():
@@ -55,7 +55,7 @@ def test_a_study_of_10_000_trials(tmp_path):
         shutil.copy(database, folder / "study.db")
         found[count] = overheads.case(folder, 1, given)
     many = found[10_000]
-    assert many["open"] < 6
+    assert many["open_cpu"] < 6
     assert many["ended"] > 0
     assert overheads.percentile(many["ask"], 95) < 0.2
     assert many["worker_rss"] < 1.1 * found[100]["worker_rss"]

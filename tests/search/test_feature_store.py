@@ -35,7 +35,7 @@ store = t.FeatureStore(t.Path(sys.argv[1]), t.LARGE)
 for seed in (0, 1):
     parts = t.cut(seed)
     predict = parts.prefix.predict_on_batch
-    parts.prefix.predict_on_batch = lambda x: time.sleep(0.1) or predict(x)
+    parts.prefix.predict_on_batch = lambda x: time.sleep(0.3) or predict(x)
     with store.open(parts, t.images(), data="d", tell=lambda *done: print(*done, flush=True)):
         print("open", flush=True)
         sys.stdin.readline()
