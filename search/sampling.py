@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace, _SearchSpaceGroup
+from optuna.trial import FrozenTrial, TrialState
 
 # Trials that TPE draws at random before it models anything.
 STARTUP_TRIALS = 12
@@ -42,8 +43,26 @@ class _PlaceByNumber(optuna.samplers.QMCSampler):
         return self._number
 
 
+class _Groups(_GroupDecomposedSearchSpace):
+    """Optuna's, but hyperparameters that have been seen together once are not looked at again."""
+
+    def calculate(self, study: optuna.Study, use_cache: bool = False) -> _SearchSpaceGroup:
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        trials = study._get_trials(deepcopy=False, states=states, use_cache=use_cache)
+        groups, seen = _SearchSpaceGroup(), set()
+        for trial in trials:
+            if (names := tuple(trial.distributions)) not in seen:
+                seen.add(names)
+                groups.add_distributions(trial.distributions)
+        return groups
+
+
 class _TPE(optuna.samplers.TPESampler):
     """Optuna's, whose draws don't take longer the larger the study is."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._group_decomposed_search_space = _Groups(True)
 
     def _build_parzen_estimator(
         self,

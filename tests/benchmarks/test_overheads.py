@@ -57,6 +57,6 @@ def test_a_study_of_10_000_trials(tmp_path):
     many = found[10_000]
     assert many["open_cpu"] < 6
     assert many["ended"] > 0
-    # The row asks for 0.2 s; `overheads` has 0.42 s, most of it TPE's walks over all trials.
-    assert overheads.percentile(many["ask"], 95) < 1.5
+    # The row asks for 0.2 s; on an idle machine it is about 0.25, most of it TPE's own arithmetic.
+    assert overheads.percentile(many["ask"], 95) < 1
     assert many["worker_rss"] < 1.1 * found[100]["worker_rss"]

@@ -4,6 +4,7 @@ import shutil
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
 from optuna.trial import TrialState, create_trial
 
 from search import sampling, storage
@@ -224,6 +225,15 @@ def test_tpe_groups_conditional_hyperparameters(opened):
     study = opened()
     trial = TrialSampling(study, ask(study), "tpe", 0).trial
     assert set(trial.relative_params) == {question for _, question, _ in QUESTIONS}
+
+
+def test_groups_are_those_of_optuna(opened):
+    study = opened()
+    search_spaces = []
+    for make in (_GroupDecomposedSearchSpace, sampling._Groups):
+        search_spaces.append(make(True).calculate(study).search_spaces)
+    assert len(search_spaces[0]) == 2  # momentum is only there with sgd
+    assert search_spaces[0] == search_spaces[1]
 
 
 def test_a_seed_is_named_by_all_its_parts():
