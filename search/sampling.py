@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import optuna
+from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace, _SearchSpaceGroup
 from optuna.trial import FrozenTrial, TrialState
 
 # Trials that TPE draws at random before it models anything.
 STARTUP_TRIALS = 12
-# Of the trials that are not among the best, the latest that TPE looks at: a draw takes no longer in
-# a study of ten thousand. Optuna weighs the older ones down anyway.
+# Of the trials that are not among the best, the latest that TPE looks at. Optuna weighs the older
+# ones down anyway.
 MOST_OTHERS = 500
 
 
@@ -57,6 +59,43 @@ class _Groups(_GroupDecomposedSearchSpace):
         return groups
 
 
+class _BestAndLatest:
+    """A study of whose trials TPE is shown only those it learns most from.
+
+    Without the others neither their split into good and other ones nor the densities of the two
+    take longer the larger a study is.
+    """
+
+    def __init__(self, study: optuna.Study, asking: int, num_best: int):
+        self._study = study
+        self._asking = asking  # the number of the trial that is to be drawn
+        self._num_best = num_best
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(self, **options: Any) -> list[FrozenTrial]:
+        trials = self._study._get_trials(**options)  # by their number
+        trials = [trial for trial in trials if trial.number != self._asking]
+        if len(trials) <= self._num_best + MOST_OTHERS:
+            return trials
+        best = {trial.number for trial in self._best(trials)}
+        latest = [trial.number for trial in trials if trial.number not in best][-MOST_OTHERS:]
+        shown = best.union(latest)
+        return [trial for trial in trials if trial.number in shown]
+
+    def _best(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """Those that Optuna's split takes for good: mostly complete ones, which are soon found."""
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        is_max = self._study.direction == optuna.study.StudyDirection.MAXIMIZE
+        complete.sort(key=lambda trial: cast("float", trial.value), reverse=is_max)
+        feasible = (t for t in complete if all(value <= 0 for value in t.constraints.values()))
+        best = list(itertools.islice(feasible, self._num_best))
+        if len(best) < self._num_best:
+            best, _ = _split_trials(self._study, trials, self._num_best)
+        return best
+
+
 class _TPE(optuna.samplers.TPESampler):
     """Optuna's, whose draws don't take longer the larger the study is."""
 
@@ -64,15 +103,15 @@ class _TPE(optuna.samplers.TPESampler):
         super().__init__(**options)
         self._group_decomposed_search_space = _Groups(True)
 
-    def _build_parzen_estimator(
-        self,
-        study: optuna.Study,
-        search_space: dict[str, Any],
-        trials: list[FrozenTrial],
-        handle_below: bool,
-    ) -> Any:
-        seen = trials if handle_below else trials[-MOST_OTHERS:]  # they come by their number
-        return super()._build_parzen_estimator(study, search_space, seen, handle_below)
+    def _sample(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]
+    ) -> dict[str, Any]:
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        finished = study._get_trials(deepcopy=False, states=states, use_cache=True)
+        num_best = default_gamma(len(finished))
+        self._gamma = lambda _: num_best  # not of the trials that are shown
+        shown = cast("optuna.Study", _BestAndLatest(study, trial.number, num_best))
+        return super()._sample(shown, trial, search_space)
 
 
 def sampler(

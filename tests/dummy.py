@@ -66,11 +66,11 @@ def fail(fault, trial, step):
         hog = []
         while True:  # until the kernel ends it: only in a cgroup with a limit
             hog.append(bytearray(b"x") * 2**24)
-    if fault == "memory-error" and trial.number in (2, 3) and step == 2:
-        # The first time without a look, since two may have met by chance or not.
-        if trial.attempt == 1 or is_crowded():
-            log(trial, "no memory")
-            raise MemoryError("the dummy's own limit")
+    # The first time without a look, since two may have met by chance or not.
+    is_short = trial.number in (2, 3) and step == 2 and (trial.attempt == 1 or is_crowded())
+    if fault == "memory-error" and is_short:
+        log(trial, "no memory")
+        raise MemoryError("the dummy's own limit")
     if fault == "raise":
         raise RuntimeError("the dummy's own error")
     dies = {

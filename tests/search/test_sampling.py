@@ -220,6 +220,42 @@ def test_of_the_others_tpe_looks_at_the_latest(opened, monkeypatch):
     assert draw(36, 0.2) != draw(36, 0.9)
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("num_complete", [0, 3, 30])
+def test_what_tpe_is_shown_makes_no_other_draw(opened, monkeypatch, num_complete):
+    """Optuna's own sampler draws the same, if its density of the others has the latest only."""
+
+    class Plain(optuna.samplers.TPESampler):
+        def _build_parzen_estimator(self, study, space, trials, handle_below):
+            seen = trials if handle_below else trials[-20:]
+            return super()._build_parzen_estimator(study, space, seen, handle_below)
+
+    study = opened(is_filled=False)
+    rng = random.Random(4)
+    for number in range(60):
+        value = rng.random()
+        finished = {"state": TrialState.PRUNED}
+        if number % 2 == 0 and number < 2 * num_complete:
+            finished = {"state": TrialState.COMPLETE, "value": value}
+        trial = create_trial(
+            params={"rate": rng.random()},
+            distributions={"rate": FloatDistribution(0.0, 1.0)},
+            intermediate_values={rng.randrange(1, 4): value},
+            **finished,
+        )
+        if number % 7 == 0:  # good ones too, which are not to be taken for good
+            trial.set_constraint("memory", 1.0)
+        study.add_trial(trial)
+    monkeypatch.setattr(sampling, "MOST_OTHERS", 20)
+    running = study._storage.get_trial(ask(study))
+    options = {"seed": 5, "multivariate": True, "group": True, "constant_liar": True}
+    draws = []
+    for make in (sampling._TPE, Plain):
+        space = {"rate": FloatDistribution(0.0, 1.0)}
+        draws.append(make(**options)._sample(study, running, space))
+    assert draws[0] == draws[1]
+
+
 def test_tpe_groups_conditional_hyperparameters(opened):
     """All that exist together are drawn at once, though no trial has them all."""
     study = opened()
