@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import artifacts, catalogue, datasets, journey, results, storage
+from search import artifacts, catalogue, journey, results
+from search.data import datasets
 from search.errors import EXIT_USAGE, SearchError
-from search.pool import Interrupted
-from search.progress import View
+from search.storage import storage
+from search.view.progress import View
+from search.workers.pool import Interrupted
 from studies.study import Study
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ class Result:
 
     Args:
         folder: of the run: study.db, metrics.json, models, configs.
-        metrics: the content of metrics.json, test figures among it (schema: search/export.py); None
-            where nothing was retrained.
+        metrics: the content of metrics.json, test figures among it (schema:
+            search/winners/export.py); None where nothing was retrained.
         study: the Optuna study, read only.
     """
 

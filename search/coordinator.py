@@ -24,14 +24,16 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from search import notes, pruning, results, sampling, storage
+from search import pruning, results, sampling
 from search.errors import SearchError
-from search.pool import OUT_OF_MEMORY, Event, Pool, Slot
-from search.progress import View
 from search.settings import Settings
-from search.snapshots import Snapshots
+from search.storage import storage
+from search.storage.snapshots import Snapshots
 from search.trial import UnfinishedTrial
-from search.trial_logs import Logs
+from search.view import notes
+from search.view.progress import View
+from search.view.trial_logs import Logs
+from search.workers.pool import OUT_OF_MEMORY, Event, Pool, Slot
 
 logger = logging.getLogger("search")
 

@@ -23,9 +23,12 @@ from pathlib import Path
 
 import psutil
 
-from search import datasets, devices, fetching, folders, provenance, storage, weights
+from search import folders, provenance
+from search.data import datasets, fetching, weights
+from search.data.fetching import DataFile
 from search.errors import EXIT_USAGE, SearchError
-from search.fetching import DataFile
+from search.storage import storage
+from search.workers import devices
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 BACKEND_TIMEOUT = 180  # seconds; a cold import of TensorFlow takes six, on a network disk a minute
@@ -34,7 +37,7 @@ WORKER_BYTES = 1.5 * 2**30  # of memory: TensorFlow, a data set and a model, a g
 _FOREIGN_LOCKS = ("nfs", "cifs", "smb", "9p", "sshfs", "fuse")  # SQLite's WAL needs shared memory
 _ASK_BACKEND = """
 import json, keras
-from search import backend
+from search.training import backend
 precision = backend.use_precision("auto")
 print(json.dumps([keras.backend.backend(), precision, backend.visible_gpus()]))
 """

@@ -22,28 +22,21 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from search import (
-    artifacts,
-    catalogue,
-    comparison,
-    datasets,
-    devices,
-    export,
-    folders,
-    notes,
-    results,
-    storage,
-    weights,
-)
+from search import artifacts, catalogue, folders, results
 from search.coordinator import Coordinator
-from search.engines.engine import Engine
-from search.engines.local import LocalEngine
+from search.data import datasets, weights
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
-from search.pool import Interrupted, Pool
-from search.progress import View
-from search.retrain import Job, Retraining, jobs_of
 from search.settings import Settings, refuse_another_space, refuse_differences, resolve
-from search.trial_logs import Logs, open_logs
+from search.storage import storage
+from search.view import notes
+from search.view.progress import View
+from search.view.trial_logs import Logs, open_logs
+from search.winners import comparison, export
+from search.winners.retrain import Job, Retraining, jobs_of
+from search.workers import devices
+from search.workers.engine import Engine
+from search.workers.local import LocalEngine
+from search.workers.pool import Interrupted, Pool
 
 logger = logging.getLogger("search")
 
@@ -147,7 +140,7 @@ class _Journey:
     def _engine(self) -> Engine:
         if self._options.get("engine") != "ray":
             return LocalEngine(self._folder / "logs")
-        from search.engines.ray import RayEngine
+        from search.workers.ray import RayEngine
 
         return RayEngine(
             self._folder,

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from search import devices
+from search.workers import devices
 
 _PACKAGES = (
     "fmnist-search",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search import datasets, weights
+from search.data import datasets, weights
 from search.errors import EXIT_USAGE, SearchError
-from search.protocol import Message
+from search.workers.protocol import Message
 
 # Another value of one of these is another question: a study keeps the one it began with.
 FIXED = ("dataset", "epochs", "images_per_report", "batch_size", "seed", "kind", "weights")

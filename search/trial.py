@@ -13,10 +13,11 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from search import sampling, storage
-from search.engines.engine import Worker
-from search.pool import OUT_OF_MEMORY
-from search.protocol import SUGGESTIONS, Message
+from search import sampling
+from search.storage import storage
+from search.workers.engine import Worker
+from search.workers.pool import OUT_OF_MEMORY
+from search.workers.protocol import SUGGESTIONS, Message
 
 # How often a running trial's last sign of life is stored, in seconds: what a lost coordinator left
 # is said to have ended then.

@@ -30,10 +30,10 @@ class Break(NamedTuple):
 
 BREAKS = (
     Break(
-        "K1", "the end of a worker's socket is ignored", "search/pool.py",
+        "K1", "the end of a worker's socket is ignored", "search/workers/pool.py",
         "# or it speaks no sense\n                is_lost = True",
         "# or it speaks no sense\n                is_lost = False",
-        "test_pool.py::test_a_dead_worker_is_lost_and_replaced",
+        "workers/test_pool.py::test_a_dead_worker_is_lost_and_replaced",
     ),
     Break(
         "K2", "a coordinator's death counts as an attempt", "search/trial.py",
@@ -59,36 +59,36 @@ BREAKS = (
         "test_coordinator.py::test_a_trial_that_is_lost_too_often_fails_with_its_last_words",
     ),
     Break(
-        "K5", "what an old attempt says is heard", "search/pool.py",
+        "K5", "what an old attempt says is heard", "search/workers/pool.py",
         'task is None or (message["trial"], message["attempt"]) != (task.trial, task.attempt)',
         "task is None",
-        "test_pool.py::test_what_an_old_attempt_says_is_dropped",
+        "workers/test_pool.py::test_what_an_old_attempt_says_is_dropped",
     ),
     Break(
-        "K8", "the lock is shared", "search/storage.py",
+        "K8", "the lock is shared", "search/storage/storage.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
-        "test_storage.py::test_a_second_process_is_refused_and_told_who_holds_the_lock",
+        "storage/test_storage.py::test_a_second_process_is_refused_and_told_who_holds_the_lock",
     ),
     Break(
-        "S1", "a storage's failure is not tried again", "search/patience.py",
+        "S1", "a storage's failure is not tried again", "search/storage/patience.py",
         "            if not passes(error):\n                raise", "            raise",
-        "test_storage_faults.py::test_s1_a_transaction_that_fails_is_made_once",
+        "storage/test_storage_faults.py::test_s1_a_transaction_that_fails_is_made_once",
     ),
     Break(
-        "S1", "a trial whose answer was lost is made twice", "search/patience.py",
+        "S1", "a trial whose answer was lost is made twice", "search/storage/patience.py",
         "if num_trials > self._num_before:", "if num_trials < self._num_before:",
-        "test_storage_faults.py::test_s1_a_trial_whose_answer_is_lost_is_made_once",
+        "storage/test_storage_faults.py::test_s1_a_trial_whose_answer_is_lost_is_made_once",
     ),
     Break(
-        "S3", "a locked file is taken for a damaged one", "search/sqlite_file.py",
+        "S3", "a locked file is taken for a damaged one", "search/storage/sqlite_file.py",
         "                raise  # somebody writes: that says nothing of what is written\n",
         "                return str(error)\n",
-        "test_storage_faults.py::test_s3_a_locked_file_is_not_a_damaged_one",
+        "storage/test_storage_faults.py::test_s3_a_locked_file_is_not_a_damaged_one",
     ),
     Break(
-        "S5", "a damaged file is opened", "search/sqlite_file.py",
+        "S5", "a damaged file is opened", "search/storage/sqlite_file.py",
         'return "it is empty" if path.stat().st_size == 0 else _quick_check(path)', 'return ""',
-        "test_storage.py::test_a_damaged_file_is_refused_and_left_as_it_is",
+        "storage/test_storage.py::test_a_damaged_file_is_refused_and_left_as_it_is",
     ),
     Break(
         "S8", "another question is not refused", "search/settings.py",
@@ -96,16 +96,16 @@ BREAKS = (
         "test_settings.py::test_another_question_is_refused_and_the_differences_are_named",
     ),
     Break(
-        "D1", "a file's hash is not compared", "search/fetching.py",
+        "D1", "a file's hash is not compared", "search/data/fetching.py",
         "_hash(folder / file.name, file.hash) != file.hash",
         "_hash(folder / file.name, file.hash) is None",
-        "test_datasets.py::test_a_wrong_file_is_fetched_again",
+        "data/test_datasets.py::test_a_wrong_file_is_fetched_again",
     ),
     Break(
-        "N1", "a report that is not finite is sent", "search/protocol.py",
+        "N1", "a report that is not finite is sent", "search/workers/protocol.py",
         "        if not math.isfinite(value):\n            raise Diverged", 
         "        if value is None:\n            raise Diverged",
-        "test_protocol.py::test_a_value_that_is_not_finite_is_never_sent",
+        "workers/test_protocol.py::test_a_value_that_is_not_finite_is_never_sent",
     ),
     Break(
         "N3", "others run beside a trial that ran out of memory", "search/coordinator.py",
@@ -113,9 +113,10 @@ BREAKS = (
         "test_coordinator.py::test_a_trial_out_of_memory_runs_once_more_alone",
     ),
     Break(
-        "N3", "others run beside a winner's training that ran out of memory", "search/retrain.py",
+        "N3", "others run beside a winner's training that ran out of memory",
+        "search/winners/retrain.py",
         "any(job.is_alone for job in running.values())", "False",
-        "test_retrain.py::test_a_job_out_of_memory_runs_once_more_alone",
+        "winners/test_retrain.py::test_a_job_out_of_memory_runs_once_more_alone",
     ),
     Break(
         "A1", "a save that is not atomic", "search/artifacts.py",
@@ -123,10 +124,10 @@ BREAKS = (
         "test_artifacts.py::test_sigkill_leaves_the_old_or_the_new_file",
     ),
     Break(
-        "A2", "an artifact is believed", "search/retrain.py",
+        "A2", "an artifact is believed", "search/winners/retrain.py",
         "intact = path.is_file() and artifacts.sha256(path) == job.record[hash_name]",
         "intact = True",
-        "test_retrain.py::test_a_deleted_prediction_is_measured_again_without_training",
+        "winners/test_retrain.py::test_a_deleted_prediction_is_measured_again_without_training",
     ),
     Break(
         "X2", "links are followed", "search/artifacts.py",
@@ -134,9 +135,9 @@ BREAKS = (
         "test_artifacts.py::test_nothing_is_written_through_a_symlink",
     ),
     Break(
-        "X4", "a refused URL is shown", "search/storage.py",
+        "X4", "a refused URL is shown", "search/storage/storage.py",
         "{before[:20]!r}", "{url!r}",
-        "test_storage.py::test_any_other_url_is_refused_without_its_password",
+        "storage/test_storage.py::test_any_other_url_is_refused_without_its_password",
     ),
     Break(
         "X6", "a study that anybody may write is run", "search/catalogue.py",

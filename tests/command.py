@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from search import storage
+from search.storage import storage
 from tests import dummy, invariants
 
 ROOT = Path(__file__).parents[1]

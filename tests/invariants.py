@@ -11,7 +11,8 @@ from pathlib import Path
 import optuna
 import psutil
 
-from search import results, storage
+from search import results
+from search.storage import storage
 
 
 def check(folder: Path, log: Path, num_trials: int, url: str | None = None) -> None:
@@ -42,7 +43,7 @@ def workers_of(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         command = process.info["cmdline"] or []
-        if "search.worker" not in command or process.info["status"] == psutil.STATUS_ZOMBIE:
+        if "search.workers.worker" not in command or process.info["status"] == psutil.STATUS_ZOMBIE:
             continue
         try:
             logs = [file.path for file in process.open_files()]

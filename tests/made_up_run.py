@@ -16,7 +16,8 @@ from optuna.distributions import FloatDistribution as Float
 from optuna.distributions import IntDistribution as Int
 from optuna.trial import TrialState, create_trial
 
-from search import artifacts, evaluation
+from search import artifacts
+from search.winners import evaluation
 
 CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),

@@ -3,8 +3,8 @@
 import socket
 from types import SimpleNamespace
 
-from search.devices import Device
-from search.pool import OUT_OF_MEMORY, Event, Interrupted, Slot, Task
+from search.workers.devices import Device
+from search.workers.pool import OUT_OF_MEMORY, Event, Interrupted, Slot, Task
 
 LOST = {"type": "lost", "kind": "killed"}
 LOST_FOR_MEMORY = {"type": "lost", "kind": OUT_OF_MEMORY}

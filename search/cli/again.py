@@ -44,7 +44,8 @@ def train(config: Path, out: Path | None, **values: Any) -> None:
     Example:
       fmnist-search train runs/cnn/configs/best.yaml --seeds 1
     """
-    from search import listing, reproduce
+    from search.view import listing
+    from search.winners import reproduce
 
     folder = out or Path("runs") / f"{config.stem}-trained"
     with runs.watched(values) as view:
@@ -67,8 +68,9 @@ def repeat(study: str, out: Path | None, storage: str | None, trial: int, **valu
     """
     import tempfile
 
-    from search import catalogue, listing
-    from search import repeat as repeating
+    from search import catalogue
+    from search.view import listing
+    from search.winners import repeat as repeating
 
     opened, _ = runs.opened(study, out, storage)
     stored = runs.stored_options(study, out, storage)
@@ -94,8 +96,9 @@ def move(study: str, source: str, target: str) -> None:
       fmnist-search move --study cnn --from sqlite:///runs/cnn/study.db \\
         --to postgresql://me@host/studies
     """
-    from search import catalogue, moving
-    from search import storage as stores
+    from search import catalogue
+    from search.storage import moving
+    from search.storage import storage as stores
 
     name = catalogue.find(study).name
     source_, target_ = stores.at(source), stores.at(target)
@@ -116,9 +119,10 @@ def repair(study: str, out: Path | None, storage: str | None) -> None:
     Example:
       fmnist-search repair --study cnn
     """
-    from search import catalogue, snapshots
-    from search import storage as stores
-    from search.sqlite_file import SqliteFile
+    from search import catalogue
+    from search.storage import snapshots
+    from search.storage import storage as stores
+    from search.storage.sqlite_file import SqliteFile
 
     entry = catalogue.find(study)
     database = stores.at(stores.url_in(runs.folder_of(entry, out), storage))

@@ -26,7 +26,8 @@ def studies(runs: Path) -> None:
     Example:
       fmnist-search studies
     """
-    from search import catalogue, listing
+    from search import catalogue
+    from search.view import listing
 
     listing.print_studies(catalogue.studies(), runs)
 
@@ -51,7 +52,8 @@ def show(
       fmnist-search show --study cnn --top 10
       fmnist-search show --study cnn --trial 12
     """
-    from search import listing, results
+    from search import results
+    from search.view import listing
 
     if trial is not None and top is not None:
         raise click.UsageError("--top and --trial exclude each other")
@@ -86,7 +88,7 @@ def dashboard(
       fmnist-search dashboard --study cnn
     """
     opened, _ = runs.opened(study, out, storage)
-    from search import dashboard
+    from search.view import dashboard
 
     dashboard.serve(opened, port, browser=not no_browser, say=click.echo)
 
@@ -146,7 +148,8 @@ def export(
       fmnist-search export --study cnn --top 5 --format csv > best.csv
       fmnist-search export --study cnn --format python > model.py
     """
-    from search import export, results
+    from search import results
+    from search.winners import export
 
     if format_ == "python" and (top or 1) > 1:
         raise click.UsageError("a script holds one model: --trial N instead of --top")
@@ -184,7 +187,9 @@ def predict(
     Example:
       fmnist-search predict --study cnn shoe.png shirt.jpg
     """
-    from search import catalogue, inference, listing
+    from search import catalogue
+    from search.view import listing
+    from search.winners import inference
 
     entry = catalogue.find(study)
     folder = runs.folder_of(entry, out)
@@ -209,7 +214,8 @@ def doctor(dataset: str, out: Path, as_json: bool) -> None:
     Example:
       fmnist-search doctor
     """
-    from search import doctor, listing
+    from search import doctor
+    from search.view import listing
 
     findings = doctor.examine(dataset, out)
     if as_json:

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     import optuna
 
     from search.catalogue import Entry
-    from search.progress import View
+    from search.view.progress import View
 
 
 def journey(study: str, out: Path | None, values: dict[str, Any]) -> None:
     """Run a study, or go on with it, and print what it has come to."""
-    from search import catalogue, listing
+    from search import catalogue
     from search.journey import run
+    from search.view import listing
 
     folder = folder_of(catalogue.find(study), out)
     final = not values.pop("no_retrain", False)
@@ -35,8 +36,8 @@ def journey(study: str, out: Path | None, values: dict[str, Any]) -> None:
 @contextmanager
 def watched(values: dict[str, Any]) -> Iterator[View]:
     """The terminal's picture of long work; a signal ends the command with its exit code."""
-    from search.pool import Interrupted
-    from search.progress import View
+    from search.view.progress import View
+    from search.workers.pool import Interrupted
 
     try:
         with View(values.pop("verbose") - values.pop("quiet")) as view:
@@ -54,7 +55,8 @@ def folder_of(entry: Entry, out: Path | None) -> Path:
 
 def opened(study: str, out: Path | None, url: str | None) -> tuple[optuna.Study, Path]:
     """The study of a run, read only, and its folder."""
-    from search import catalogue, storage
+    from search import catalogue
+    from search.storage import storage
 
     entry = catalogue.find(study)
     folder = folder_of(entry, out)

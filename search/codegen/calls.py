@@ -25,7 +25,7 @@ from search.codegen.expressions import (
     snake_case,
 )
 from search.codegen.layout import quoted
-from search.model_graph import age, arguments, calls, tensors
+from search.training.model_graph import age, arguments, calls, tensors
 
 _MAX_CONSTANT = 64  # numbers of an array that is written out
 _FOREVER = 1 << 30  # the number of a call that never comes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search.codegen.layout import quoted
-from search.datasets import SPLIT_SEED
+from search.data.datasets import SPLIT_SEED
 
 _MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 
@@ -19,7 +19,7 @@ class DataSource:
     """Where the data is."""
 
     # fashion_mnist, mnist, cifar10, digits; or the absolute path of a .npz file with x_train,
-    # y_train, x_test and y_test, or of a folder of images as search/image_folder.py reads it.
+    # y_train, x_test and y_test, or of a folder of images as search/data/image_folder.py reads it.
     name: str
     input_shape: tuple[int, int, int]  # height, width, channels
     num_classes: int

@@ -23,7 +23,7 @@ from search.codegen.data import DataCode, DataSource, data_code
 from search.codegen.expressions import NAMESPACE, call_text, expression
 from search.codegen.layout import WIDTH, wrapped
 from search.codegen.model import functions
-from search.training import as_loss_wants
+from search.training.training import as_loss_wants
 
 _POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 

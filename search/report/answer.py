@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from search import results
-from search.progress import duration
 from search.report import bars, page
 from search.report.bars import name_of
 from search.report.page import Html, text
 from search.report.source import Run
 from search.results import short, spread
+from search.view.progress import duration
 
 _WHY_NO_METRICS = {
     "space": "The winners have not been retrained yet: there is no test accuracy. What is shown is "

@@ -35,7 +35,7 @@ def judged(pictures: Pictures, which: str, class_names: Sequence[str]) -> Html:
     """Images with the predicted class, its confidence, and the true class where it is another.
 
     Args:
-        which: "misclassified" or "samples" (search/pictures.py).
+        which: "misclassified" or "samples" (search/winners/pictures.py).
     """
     images, labels, predicted, confidence = (
         pictures[f"{which}_{part}"] for part in ("images", "labels", "predicted", "confidence")

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from search import export
 from search.report import images, page, theme
 from search.report.page import Html, label
 from search.report.source import Run
+from search.winners import export
 
 # Options of a run that its study keeps -> their names on the command line.
 _FIXED = {"epochs": "--epochs", "seed": "--seed"}

@@ -80,11 +80,11 @@ class Run:
         return next((trial for trial in self.trials if trial.number == number), None)
 
     def predictions(self, winner: Winner) -> Mapping[str, np.ndarray]:
-        """What search/evaluation.py wrote of the first seed; empty where it is missing."""
+        """What search/winners/evaluation.py wrote of the first seed; empty where it is missing."""
         return self._arrays(winner["seeds"][0], "evaluation")
 
     def pictures(self, winner: Winner) -> Mapping[str, np.ndarray]:
-        """What search/pictures.py wrote of the first seed; empty where it is missing."""
+        """What search/winners/pictures.py wrote of the first seed; empty where it is missing."""
         return self._arrays(winner["seeds"][0], "pictures")
 
     def _arrays(self, seed: Mapping[str, Any], what: str) -> Mapping[str, np.ndarray]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from search.pictures import MISCLASSIFIED
 from search.report import images, page, training_figures, winner_figures
 from search.report.bars import name_of
 from search.report.page import Html
 from search.report.source import Run, Winner
+from search.winners.pictures import MISCLASSIFIED
 
 _NO_FILE = (
     "the file is missing or not what was written, or an earlier version measured this winner. "

@@ -31,10 +31,11 @@ import keras_tuner
 import numpy as np
 import optuna
 
-from search import backend, complexity, datasets, training
-from search.devices import Device
-from search.hypermodel import Images, Space
-from search.hyperparameters import ReplayedHyperParameters, TrialHyperParameters, describe
+from search.data import datasets
+from search.training import backend, complexity, training
+from search.training.hypermodel import Images, Space
+from search.training.hyperparameters import ReplayedHyperParameters, TrialHyperParameters, describe
+from search.workers.devices import Device
 from studies.cnn import FashionCNN, study
 
 NUM_IMAGES = 20_000

@@ -9,9 +9,9 @@ before the first turn; contenders take turns; those of one contender start toget
 is the time in which all of them are training, so that none has the machine to itself.
 
 "steps" counts from the first training step's end to the last one's. "call" counts until `fit` has
-returned, which TensorFlow delays for arrays (search/backend.py says why). Each figure is the median
-of the repeats, a ratio the median of the ratios of single turns. Images are random: only speed is
-measured. The second table says where a worker's time goes once a model is traced.
+returned, which TensorFlow delays for arrays (search/training/backend.py says why). Each figure is
+the median of the repeats, a ratio the median of the ratios of single turns. Images are random: only
+speed is measured. The second table says where a worker's time goes once a model is traced.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from search import devices
+from search.workers import devices
 
 BATCH = 128
 NUM_CLASSES = 10
@@ -232,7 +232,7 @@ def work(name: str, model_name: str) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     import keras
 
-    from search import backend, training
+    from search.training import backend, training
 
     contender = CONTENDERS[name]
     backend.use_precision(contender.precision)

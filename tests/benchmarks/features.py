@@ -15,15 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from search.devices import Device
+from search.workers.devices import Device
 
 os.environ |= Device(threads=2).environment()
 
 import keras
 import numpy as np
 
-from search import backend, features, quick_conv2d
-from search.feature_store import FeatureStore
+from search.training import backend, features, quick_conv2d
+from search.training.feature_store import FeatureStore
 
 BATCH = 128
 BARS = {"nothing": 150.0, "block5": 3.5}  # clock

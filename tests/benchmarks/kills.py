@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from search import storage
+from search.storage import storage
 from tests import invariants
 
 ROOT = Path(__file__).parents[2]

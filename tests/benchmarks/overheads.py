@@ -133,7 +133,8 @@ def fill(folder: Path, counts: Sequence[int]) -> dict[int, Path]:
     """Databases with so many made-up finished trials."""
     import optuna
 
-    from search import notes, storage
+    from search.storage import storage
+    from search.view import notes
 
     folder.mkdir(exist_ok=True)
     database = folder / "filled.db"
@@ -234,14 +235,14 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     import psutil
 
     from search import settings as settings_module
-    from search import storage
     from search.coordinator import Coordinator
-    from search.devices import Device
-    from search.engines.local import LocalEngine
-    from search.pool import Pool
-    from search.progress import View
-    from search.snapshots import Snapshots
-    from search.trial_logs import open_logs
+    from search.storage import storage
+    from search.storage.snapshots import Snapshots
+    from search.view.progress import View
+    from search.view.trial_logs import open_logs
+    from search.workers.devices import Device
+    from search.workers.local import LocalEngine
+    from search.workers.pool import Pool
 
     logging.getLogger("search").setLevel(logging.ERROR)
     took: dict[str, list[float]] = defaultdict(list)
@@ -346,7 +347,8 @@ _COMMAND = (sys.executable, "-m", "search")
 
 def first_trial(reference: str) -> tuple[float, float]:
     """Seconds from the command until the first trial starts, and until it has reported."""
-    from search import catalogue, storage
+    from search import catalogue
+    from search.storage import storage
 
     with tempfile.TemporaryDirectory(prefix="fmnist-search-") as name:
         out = Path(name) / "run"
@@ -369,7 +371,7 @@ def _print_start(label: str, took: Sequence[float]) -> None:
 
 def print_run(folder: Path) -> None:
     """Where the workers' time went in a run that has been."""
-    from search import storage
+    from search.storage import storage
 
     (name,) = _study_names(folder / "study.db")
     found = storage.read_study(storage.url_in(folder, None), name)

@@ -127,7 +127,7 @@ def _end_in_time(log: Log, scratch: Path) -> None:
 
 def ours(name: str, seed: int, dataset: str, scratch: Path, log: Log) -> None:
     """The command as a user types it, ended by a signal when the race is over."""
-    from search import storage
+    from search.storage import storage
 
     file = scratch / "race.py"
     points = "cnn.known_points" if name == "ours-known" else "()"
@@ -162,7 +162,7 @@ def data_and_space(dataset: str, epochs: float, log: Log) -> tuple[tuple, tuple,
     import keras
     import numpy as np
 
-    from search import datasets
+    from search.data import datasets
     from studies.cnn import FashionCNN
 
     part, found = datasets.load_split(dataset), datasets.find(dataset)
@@ -219,7 +219,7 @@ def optuna_peer(seed: int, dataset: str, scratch: Path, log: Log) -> None:
     import optuna
     from optuna_integration import KerasPruningCallback
 
-    from search.hyperparameters import TrialHyperParameters
+    from search.training.hyperparameters import TrialHyperParameters
     from studies.cnn import study as cnn
 
     keras.utils.set_random_seed(seed)

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from search import storage
 from search.report import report
+from search.storage import storage
 from tests import made_up_run
 
 BARS = {100: (10, 15), 2_000: (40, None)}  # trials -> seconds, MB at most

@@ -4,7 +4,7 @@ import shutil
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from search import storage
+from search.storage import storage
 from tests.benchmarks import overheads
 
 

@@ -18,8 +18,8 @@ import pytest
 import search
 from search.errors import EXIT_USAGE, SearchError
 from studies.study import Study
+from tests.command import ROOT
 
-ROOT = Path(__file__).parents[2]
 SPACE = """
 import keras
 
@@ -167,7 +167,7 @@ def test_ctrl_c_in_a_notebook_loses_nothing(tmp_path):
 
 
 def study_trials(folder):
-    from search import storage
+    from search.storage import storage
 
     return storage.read_study(f"sqlite:///{folder}/study.db", "quickstart").trials
 

@@ -3,14 +3,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from search import artifacts
 from search.errors import EXIT_DAMAGED, EXIT_USER_ERROR, SearchError
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.command import ROOT
 
 # Says what it has done and waits, so that it can be killed exactly there.
 WRITER = """

@@ -3,14 +3,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from search import catalogue
 from search.errors import EXIT_USAGE, EXIT_USER_ERROR, SearchError
+from tests.command import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STUDY = '''"""What it asks.
 
 Goal: ...

@@ -3,13 +3,14 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from search import sampling, storage
+from search import sampling
 from search.coordinator import Coordinator
 from search.errors import SearchError
-from search.pool import Interrupted
-from search.progress import View
 from search.settings import Settings
-from search.trial_logs import open_logs
+from search.storage import storage
+from search.view.progress import View
+from search.view.trial_logs import open_logs
+from search.workers.pool import Interrupted
 from tests.scripted import CRASH, LOST, ScriptedPool
 
 UNIT = {"low": 0.0, "high": 1.0, "step": None, "log": False}

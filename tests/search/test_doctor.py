@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search import datasets, doctor, storage, weights
-
-ROOT = Path(__file__).parents[2]
+from search import doctor
+from search.data import datasets, weights
+from search.storage import storage
+from tests.command import ROOT
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from search import datasets, fetching
-
-ROOT = Path(__file__).parents[2]
+from search.data import datasets, fetching
+from tests.command import ROOT
 
 
 def is_cached() -> bool:

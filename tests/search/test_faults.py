@@ -278,7 +278,7 @@ def test_first_trials_that_all_fail_alike_stop_the_study(tmp_path, fault, messag
     assert code == 1
     assert "all failed with the same error" in output.splitlines()[-1]
     assert message in output.splitlines()[-1]
-    assert "search/worker.py" not in output  # the user's frames, not ours
+    assert "search/workers/worker.py" not in output  # the user's frames, not ours
     assert sum(trial.state.name == "FAIL" for trial in command.study().trials) >= 3
 
 

@@ -20,11 +20,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from search import artifacts, datasets, image_folder, storage
+from search import artifacts
+from search.data import datasets, image_folder
+from search.storage import storage
 from tests import invariants
+from tests.command import ROOT
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 SMALL = ["--study", "quickstart", "--trials", "4", "--epochs", "2", "--seeds", "2", "--log", "csv"]
 
 

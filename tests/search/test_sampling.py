@@ -7,8 +7,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
 from optuna.trial import TrialState, create_trial
 
-from search import sampling, storage
+from search import sampling
 from search.sampling import STARTUP_TRIALS, TrialSampling
+from search.storage import storage
 
 RATE = {"low": 1e-4, "high": 1e-1, "log": True}
 # What a space asks, in its order; `momentum` only where the optimizer is sgd.

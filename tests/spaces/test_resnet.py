@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from search import complexity
+from search.training import complexity
 from spaces.resnet import MAX_FILTERS, ResNet
 from studies.resnet import FashionResNet
 from tests.spaces.points import point, random_values, registered

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
-from search import storage
+from search.storage import storage
+from tests.command import ROOT
 from tests.spaces.test_vgg16 import WIDTHS, write_weights
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 
 
 def search(folder, *arguments):

@@ -1,0 +1,153 @@
+"""Everything that differs between Keras backends: feeding batches, precision, freeing memory.
+
+Imported by workers only, after their environment has fixed devices and threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from search.workers.devices import has_bfloat16
+
+VALIDATION_BATCH = 500  # divides 2 500 and 10 000: one shape, traced once
+_ALIGNMENT = 64  # bytes, of TensorFlow's arrays; a .npy file's data begins at a multiple of it
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of an array, which may stay on disk: nothing is copied before a batch is."""
+
+    array: np.ndarray  # (n, ...) images or activations
+    positions: np.ndarray  # (m,) of the rows in it
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+def as_rows(x: Rows | np.ndarray) -> Rows:
+    return x if isinstance(x, Rows) else Rows(x, np.arange(len(x)))
+
+
+def use_precision(precision: str) -> str:
+    """Set Keras's dtype policy: `float32`, `bfloat16`, or `auto`; returns which it is."""
+    if precision == "auto":
+        native = _gpu_has_bfloat16() if visible_gpus() else has_bfloat16()
+        precision = "bfloat16" if native else "float32"
+    keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
+    return precision
+
+
+def visible_gpus() -> int:
+    """How many GPUs Keras itself can use in this process."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return len(tf.config.list_physical_devices("GPU"))
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return sum(device.platform == "gpu" for device in jax.devices())
+    return 0
+
+
+def training_batches(
+    x: Rows | np.ndarray, y: np.ndarray, order: np.ndarray, batch_size: int
+) -> Iterable:
+    """What `fit` reads: inputs and labels in `order`, batch after batch, over all epochs.
+
+    Args:
+        x: (n, height, width, channels) uint8, or activations of a frozen part.
+        y: (n,) class numbers, or (n, classes) one-hot.
+        order: positions in x, (steps * batch_size,) int32.
+    """
+    rows, batches = as_rows(x), order.reshape(-1, batch_size)
+    if keras.backend.backend() != "tensorflow":
+        return _numpy_batches(rows, y, batches)
+    import tensorflow as tf
+
+    return _gathered(rows, y, tf.data.Dataset.from_tensor_slices(batches), prefetch=2)
+
+
+def validation_batches(x: Rows | np.ndarray, y: np.ndarray) -> Iterable:
+    """The same inputs in the same order each time it is read."""
+    rows = as_rows(x)
+    if keras.backend.backend() != "tensorflow":
+        return _Batches(rows, y)
+    import tensorflow as tf
+
+    batches = tf.data.Dataset.range(len(rows)).batch(VALIDATION_BATCH)
+    return _gathered(rows, y, batches, prefetch=1)
+
+
+def release() -> int:
+    """Forget the last model and give its memory back; returns the process's own, in bytes."""
+    import psutil
+
+    keras.utils.clear_session(free_memory=False)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()  # the compiled steps of the last model: some 100 MB
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return psutil.Process().memory_info().rss
+
+
+def _gathered(rows: Rows, y: np.ndarray, batches: Any, *, prefetch: int) -> Any:
+    import tensorflow as tf
+
+    if rows.array.ctypes.data % _ALIGNMENT or not rows.array.flags.writeable:
+        array = tf.constant(rows.array)  # shared, TensorFlow would abort the process
+    else:
+        # Shares the memory, mapped or not, where a constant would be a copy in each worker.
+        array = tf.experimental.dlpack.from_dlpack(rows.array.__dlpack__())
+    positions, labels = tf.constant(rows.positions), tf.constant(y)
+
+    def gather(chosen: Any) -> Any:
+        return tf.gather(array, tf.gather(positions, chosen)), tf.gather(labels, chosen)
+
+    options = tf.data.Options()
+    # With autotuning, `fit` and `evaluate` return only at the end of a tuning period. Seen with
+    # TensorFlow 2.21: 50 steps ended after 7.7 s, `fit` returned after 10.3 s.
+    options.autotune.enabled = False
+    return batches.map(gather).prefetch(prefetch).with_options(options)
+
+
+def _numpy_batches(rows: Rows, y: np.ndarray, batches: np.ndarray) -> Iterator:
+    for chosen in batches:
+        yield rows.array[rows.positions[chosen]], y[chosen]
+
+
+class _Batches(keras.utils.PyDataset):
+    def __init__(self, rows: Rows, y: np.ndarray):
+        super().__init__()
+        self._rows, self._y = rows, y
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // VALIDATION_BATCH)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        part = slice(index * VALIDATION_BATCH, (index + 1) * VALIDATION_BATCH)
+        return self._rows.array[self._rows.positions[part]], self._y[part]
+
+
+def _gpu_has_bfloat16() -> bool:
+    """NVIDIA GPUs have it from compute capability 8.0 (Ampere)."""
+    if keras.backend.backend() != "tensorflow":
+        return True
+    import tensorflow as tf
+
+    details = [
+        tf.config.experimental.get_device_details(gpu)
+        for gpu in tf.config.list_physical_devices("GPU")
+    ]
+    return all(detail.get("compute_capability", (0, 0)) >= (8, 0) for detail in details)

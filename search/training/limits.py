@@ -1,0 +1,27 @@
+"""Points that are refused before they cost anything: a study's limits, and the machine's memory."""
+
+from __future__ import annotations
+
+import keras
+import psutil
+
+from search.training import backend, complexity
+from studies.study import Study
+
+
+def excess(model: keras.Model, batch_size: int, study: Study) -> str:
+    """Which limit a model is above, and by how much; or nothing."""
+    limits = (
+        ("parameters", complexity.parameters(model), study.max_parameters),
+        ("flops", complexity.flops(model), study.max_flops),
+    )
+    for name, amount, limit in limits:
+        if limit is not None and amount > limit:
+            return f"{amount:,} {name}, above max_{name}={limit:,}"
+    needed, memory = complexity.training_bytes(model, batch_size), psutil.virtual_memory().total
+    if not backend.visible_gpus() and needed > memory:
+        return (
+            f"a step of {batch_size} images needs about {needed / 1e9:.1f} GB, above this "
+            f"machine's {memory / 1e9:.1f} GB"
+        )
+    return ""

@@ -1,0 +1,1 @@
+"""A search while it runs, and tables of it: terminal, dashboard, logs. The page is in report/."""

@@ -1,0 +1,328 @@
+"""Tables on the terminal: studies, leaderboard, what a run has come to."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from search import results
+from search.catalogue import Entry
+from search.doctor import Finding
+from search.errors import EXIT_DAMAGED, SearchError
+from search.journey import Outcome
+from search.storage import storage
+from search.view import textplot
+from search.view.progress import duration
+from search.winners.inference import Classified
+from search.winners.repeat import Repeated
+
+# Into a file or a pipe, a table is as wide as it needs to be.
+_console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+# Of a report: the value that is pruned by, and that of the training images.
+_CURVES = {"value": "validation", "accuracy": "training"}
+_COUNTS = ("parameters", "flops")
+_FIGURES = ("accuracy", "loss", "precision", "recall", "f1", "roc_auc")
+
+
+def print_studies(entries: list[Entry], runs: Path) -> None:
+    """The known studies, then those that have been run from a file of the user's."""
+    table = _table("study", "question", "run")
+    summaries = {entry.name: entry.summary for entry in entries}
+    summaries |= {
+        file.parent.name: ""
+        for file in runs.glob("*/study.db")
+        if file.parent.name not in summaries
+    }
+    for name, summary in summaries.items():
+        table.add_row(escape(name), escape(summary), _run_of(runs / name, name))
+    _console.print(table)
+
+
+def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
+    rows = results.rows(study)
+    params = _varying([row.params for row in rows])
+    table = _table("trial", "state", "value", "reports", "seconds", "attempts")
+    table.expand = _console.is_terminal
+    table.add_column("why", no_wrap=True, ratio=1)
+    table.add_column("params", no_wrap=True, ratio=2)
+    for row in rows[:top]:
+        value = row.value if row.value is not None else row.last_value
+        table.add_row(
+            str(row.number),
+            row.state,
+            "" if value is None else f"{value:.4f}",
+            str(row.reports),
+            "" if row.seconds is None else f"{row.seconds:.0f}",
+            str(row.attempts),
+            escape(row.reason),
+            escape(
+                ", ".join(f"{k}={results.short(v)}" for k, v in row.params.items() if k in params)
+            ),
+        )
+    _console.print(table)
+    states = [row.state for row in rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    _console.print(f"{len(rows)} trials in {folder}: {counts}")
+
+
+def print_trial(study: optuna.Study, trial: dict[str, Any]) -> None:
+    """One trial in full, as `results.detail` gives it."""
+    of = study.user_attrs.get("run", {}).get("num_reports")
+    line = f"[bold]trial {trial['number']}[/bold] of {escape(study.study_name)}: {trial['state']}"
+    if trial["value"] is not None:
+        line += f", [bold]{trial['value']:.4f}[/bold]"
+    line += f", {len(trial['reports'])}{f' of {of}' if of else ''} reports"
+    _console.print(line + (", a known point" if trial["known_point"] else ""))
+    if trial["reason"]:
+        _console.print(Text(trial["reason"]))
+    _print_pairs("params", trial["params"])
+    _print_pairs("figures", trial["figures"])
+    if trial["attempts"]:
+        _console.print()
+        _console.print(_attempts(trial["attempts"]))
+    series = {name: [report.get(name) for report in trial["reports"]] for name in _CURVES}
+    names = {name: label for name, label in _CURVES.items() if any(series[name])}
+    if plot := textplot.curves(
+        {names[name]: series[name] for name in names}, width=min(_console.width, 80)
+    ):
+        _console.print("\nlearning curve", style="bold")
+        for row in plot:
+            _console.print(Text(row), no_wrap=True)
+    if trial["retrained"]:
+        _console.print("\nretrained", style="bold")
+    for stem, record in trial["retrained"].items():
+        said = record.get("diverged") or f"{record.get('trained_epochs', 0):.1f} epochs"
+        _console.print(Text(f"{stem}: {said} {record.get('model', '')}"))
+    for name in ("traceback", "stderr"):
+        if trial[name]:
+            _console.print(f"\n{name}", style="bold")
+            _console.print(Text(trial[name]))
+
+
+def to_json(content: Any) -> str:
+    """Strict JSON: what is not finite, such as the loss of a trial that diverged, is null."""
+    return json.dumps(_finite(content), indent=2)
+
+
+def print_outcome(outcome: Outcome, same_run: str) -> None:
+    """What has been reached, and the commands that go on from there (`same_run`: their options)."""
+    settings = outcome.settings
+    what = "points compared" if settings.kind == "comparison" else "trials finished"
+    _console.print(
+        f"\n[bold]{settings.name}[/bold]: {outcome.num_finished} of {settings.trials} {what}"
+    )
+    if outcome.best and not outcome.metrics:
+        number, value = outcome.best
+        _console.print(f"best: trial {number} with {value:.4f}")
+    if outcome.metrics and settings.kind == "comparison":
+        _print_compared(outcome.metrics)
+    elif outcome.metrics:
+        _print_winners(outcome.metrics)
+    report = outcome.folder / "report.html"
+    if report.is_file():
+        _console.print(f"report: {report}", soft_wrap=True)
+    can_predict = outcome.metrics and "--storage" not in same_run  # its images need no study
+    _console.print("Next:", style="bold")
+    for command in (
+        f"fmnist-search show {same_run}",
+        f"fmnist-search export {same_run}",
+        *([f"fmnist-search predict {same_run} IMAGE.png"] if can_predict else []),
+        f"fmnist-search dashboard {same_run}",
+    ):
+        _console.print(f"  {command}", soft_wrap=True)
+
+
+def print_reproduced(figures: dict[str, Any], folder: Path) -> None:
+    """The figures of `train` beside those of the config."""
+    config, (winner,) = figures["config"], figures["winners"]
+    table = _table("", "now", "config", "difference")
+    for name in _FIGURES:
+        table.add_row(
+            f"test {name}",
+            results.spread(winner["test"], name, len(winner["seeds"])),
+            results.spread(config["test"], name, len(config["training"]["seeds"])),
+            f"{winner['test']['mean'][name] - config['test']['mean'][name]:+.4f}",
+        )
+    table.add_row("seeds", str(len(winner["seeds"])), str(len(config["training"]["seeds"])), "")
+    _console.print(table)
+    _console.print(f"models and metrics.json in {folder}", soft_wrap=True)
+
+
+def print_repeated(repeated: Repeated) -> None:
+    """Both curves, and whether they are the same."""
+    table = _table("report", "stored", "now", "difference")
+    for step in sorted(repeated.stored.keys() | repeated.now.keys()):
+        stored, now = repeated.stored.get(step), repeated.now.get(step)
+        both = stored is not None and now is not None
+        table.add_row(
+            str(step),
+            "" if stored is None else f"{stored:.4f}",
+            "" if now is None else f"{now:.4f}",
+            f"{now - stored:+.4f}" if both else "",  # type: ignore[operator]
+        )
+    _console.print(table)
+    outcome = f"{repeated.outcome}{f' ({repeated.reason})' if repeated.reason else ''}"
+    same = "the same curve" if repeated.is_same else "another curve"
+    _console.print(
+        f"trial {repeated.number}: {same}, largest difference {repeated.difference:.4f}; {outcome}"
+    )
+
+
+def print_classified(rows: list[Classified]) -> None:
+    table = _table("image", "class", "confidence", "else")
+    for row in rows:
+        (name, confidence), *others = row.classes[:3]
+        rest = ", ".join(f"{other} {share:.1%}" for other, share in others)
+        table.add_row(escape(row.image), escape(name), f"{confidence:.1%}", escape(rest))
+    _console.print(table)
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """What `doctor` found, each with its fix below."""
+    styles = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        fix = f"\n-> {finding.fix}" if finding.fix else ""
+        state = Text(finding.state, styles[finding.state])
+        table.add_row(state, finding.subject, Text(finding.what + fix))
+    _console.print(table)
+    states = [finding.state for finding in findings]
+    counts = {"problem": states.count("problem"), "warning": states.count("warning")}
+    told = [f"{count} {state}{'s' * (count > 1)}" for state, count in counts.items() if count]
+    _console.print(", ".join(told) or "All is well.")
+
+
+def _print_winners(figures: dict[str, Any]) -> None:
+    search = figures["search"]
+    _console.print(
+        f"{search['complete']} complete, {search['pruned']} pruned, {search['fail']} failed in "
+        f"{duration(search['seconds'])}; {search['saved_share']:.0%} of the epochs saved by pruning"
+    )
+    winners = figures["winners"]
+    table = _table("", *(f"trial {winner['trial']}" for winner in winners))
+    table.add_row("validation accuracy", *(f"{w['validation_accuracy']:.4f}" for w in winners))
+    for name in _FIGURES:
+        figures_ = (results.spread(w["test"], name, len(w["seeds"])) for w in winners)
+        table.add_row(f"test {name}", *figures_)
+    table.add_row("seeds", *(str(len(winner["seeds"])) for winner in winners))
+    table.add_row("epochs", *(f"{winner['epochs']:g}" for winner in winners))
+    table.add_row("parameters", *(f"{winner['parameters']:,}" for winner in winners))
+    if any(winner["weights"] for winner in winners):
+        table.add_row("begun from", *(winner["weights"] or "" for winner in winners))
+    _console.print(table)
+    if ensemble := figures["ensemble"]:
+        _console.print(
+            f"ensemble of {ensemble['models']} models: test accuracy "
+            f"{ensemble['test']['accuracy']:.4f}, loss {ensemble['test']['loss']:.4f}"
+        )
+
+
+def _print_compared(figures: dict[str, Any]) -> None:
+    """All points, the best on the validation part first; then each published figure beside ours."""
+    winners = figures["winners"]
+    table = _table("", "train", "validation", "test accuracy", "seeds", "epochs", "parameters")
+    published = _table("published", "figure", "there", "here", "difference")
+    for winner in winners:
+        name = results.point_name(winner["params"])
+        label = f"{name} ({winner['weights']})" if winner["weights"] else name
+        here = {"train": winner["train"], "val": winner["validation"], "test": winner["test"]}
+        num_seeds = len(winner["seeds"])
+        table.add_row(
+            label,
+            *(results.spread(part, "accuracy", num_seeds) for part in here.values()),
+            str(num_seeds),
+            f"{winner['epochs']:.1f}",
+            f"{winner['parameters']:,}",
+        )
+        for figure, there in winner["published"].items():
+            part, _, what = figure.partition("_")
+            ours, difference = here[part], here[part]["mean"][what] - there
+            shown = results.spread(ours, what, num_seeds)
+            published.add_row(name, figure, f"{there:.4f}", shown, f"{difference:+.4f}")
+    _console.print(table)
+    if published.rows:
+        _console.print(published)
+    seconds = figures["search"]["seconds"]
+    _console.print(f"trained in {duration(seconds)}")
+
+
+def _print_pairs(heading: str, pairs: dict[str, Any]) -> None:
+    if not pairs:
+        return
+    _console.print(f"\n{heading}", style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for name, value in pairs.items():
+        shown = f"{value:,}" if isinstance(value, int) and name in _COUNTS else results.short(value)
+        table.add_row(Text(name), Text(shown))
+    _console.print(table)
+
+
+def _attempts(attempts: list[dict[str, Any]]) -> Table:
+    table = _table("attempt", "host", "device", "process", "began", "ended", "how")
+    for number, attempt in enumerate(attempts, 1):
+        table.add_row(
+            str(number),
+            *(str(attempt.get(name, "")) for name in ("host", "device", "process")),
+            *(_clock(attempt.get(name)) for name in ("start", "end")),
+            " ".join(filter(None, [attempt.get("reason", "runs"), _first(attempt.get("detail"))])),
+        )
+    return table
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _first(text: str | None) -> str:
+    return f"({text.splitlines()[0]})" if text else ""
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def _run_of(folder: Path, name: str) -> str:
+    try:
+        study = storage.read_study(storage.url_in(folder, None), name)
+    except SearchError as error:
+        return "damaged" if error.exit_code == EXIT_DAMAGED else "elsewhere"
+    if study is None:
+        return ""
+    trials = study.get_trials(deepcopy=False)
+    best = results.winners(study, 1)
+    finished = sum(trial.state.is_finished() for trial in trials)
+    return f"{finished} trials" + (f", best {best[0].value:.4f}" if best else "")
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading, no_wrap=True)
+    return table
+
+
+def _varying(all_params: list[dict[str, Any]]) -> set[str]:
+    """The hyperparameters that are not the same in every trial."""
+    names = {name for params in all_params for name in params}
+    return {n for n in names if len({str(params.get(n)) for params in all_params}) > 1}

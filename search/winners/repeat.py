@@ -1,0 +1,120 @@
+"""Run one trial again, alone, and say whether its curve is the same.
+
+The worker does what it did in the search: same point, same seed. What this file answers it comes
+from the stored trial; nothing is stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from search import folders, results
+from search.errors import EXIT_USAGE, SearchError
+from search.journey import signals_to, with_weights
+from search.sampling import seed_for
+from search.settings import Settings, resolve
+from search.view.progress import View
+from search.workers import devices
+from search.workers.local import LocalEngine
+from search.workers.pool import Event, Pool
+
+# Of two accuracies that are still the same: sums in another order differ in their last digits,
+# which may turn the class of an image or two.
+TOLERANCE = 1e-3
+
+
+class Repeated(NamedTuple):
+    """A trial's curve, stored and now."""
+
+    number: int
+    stored: dict[int, float]  # value by step
+    now: dict[int, float]
+    outcome: str  # of the worker: complete, pruned where the trial was, diverged, error, ...
+    reason: str
+
+    @property
+    def difference(self) -> float:
+        """The largest between two values of one step."""
+        both = self.stored.keys() & self.now.keys()
+        return max((abs(self.stored[step] - self.now[step]) for step in both), default=0.0)
+
+    @property
+    def is_same(self) -> bool:
+        return self.stored.keys() == self.now.keys() and self.difference <= TOLERANCE
+
+
+def repeat(
+    study: optuna.Study, number: int, file: Path, folder: Path, options: dict[str, Any], view: View
+) -> Repeated:
+    """Train trial `number` once more.
+
+    Args:
+        file: of the study.
+        folder: where the worker's log goes.
+        options: of the run.
+
+    Raises:
+        SearchError: if there is no such trial, or its worker dies.
+    """
+    (trial,) = results.chosen(study, 1, number)
+    run = study.user_attrs["run"]
+    settings = resolve(run["described"], str(file), {**options, "precision": run["precision"]})
+    settings, _ = with_weights(dataclasses.replace(settings, folder=str(folder.absolute())))
+    opening = {"type": "open", "file": str(file)}
+    pool = Pool(LocalEngine(folder / "logs"), devices.share_out("auto")[:1], opening)
+    with signals_to(pool), pool:
+        pool.wait_for_description()
+        pool.prepare(dataclasses.asdict(settings))
+        pool.wait_for_space()
+        try:
+            return _again(pool, trial, settings, view)
+        finally:
+            folders.remove_scratch(folder)
+
+
+def _again(pool: Pool, trial: FrozenTrial, settings: Settings, view: View) -> Repeated:
+    seed = seed_for(settings.seed, trial.number, "training")
+    slot = pool.slots[0]
+    pool.give(slot, trial.number, 1, {"task": "trial", "seed": seed})
+    slot.status |= {"what": f"trial {trial.number}"}
+    view.begin("repeating", 1, len(trial.intermediate_values))
+    now: dict[int, float] = {}
+    while True:
+        for event in pool.poll(0.25):
+            message = event.message
+            if event.lost is not None:
+                raise SearchError(f"the worker {event.lost.splitlines()[0]}", detail=event.lost)
+            if message["type"] == "finished":
+                reason = message.get("reason", "")
+                return Repeated(
+                    trial.number, trial.intermediate_values, now, message["outcome"], reason
+                )
+            if (answer := _answer(trial, event, now)) is not None:
+                pool.answer(slot, **answer)
+        view.refresh(pool.slots)
+
+
+def _answer(trial: FrozenTrial, event: Event, now: dict[int, float]) -> dict[str, Any] | None:
+    message = event.message
+    match message["type"]:
+        case "suggest":
+            if message["name"] not in trial.params:
+                raise SearchError(
+                    f"trial {trial.number} has no {message['name']!r}: the space is another than "
+                    "the one it was searched with",
+                    exit_code=EXIT_USAGE,
+                )
+            return {"value": trial.params[message["name"]]}
+        case "attribute":
+            return {"value": None}
+        case "report":
+            now[message["step"]] = message["value"]
+            event.slot.status |= {"step": message["step"], "value": message["value"]}
+            return {"value": message["step"] >= max(trial.intermediate_values, default=0)
+                    and trial.state == optuna.trial.TrialState.PRUNED}  # fmt: skip
+    return None

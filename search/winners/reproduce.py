@@ -1,0 +1,233 @@
+"""Train an exported config again, anywhere, and put its figures beside those of the file.
+
+fmnist-search train configs/best.yaml
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from search import artifacts, catalogue, folders, provenance
+from search.data import datasets, weights
+from search.errors import EXIT_DAMAGED, EXIT_USAGE, SearchError
+from search.journey import described_data, signals_to, with_weights
+from search.sampling import seed_for
+from search.settings import resolve
+from search.storage import storage
+from search.view.progress import View
+from search.winners import export
+from search.winners.retrain import Job, Retraining
+from search.workers import devices
+from search.workers.local import LocalEngine
+from search.workers.pool import Pool
+from search.workers.protocol import Message
+
+logger = logging.getLogger("search")
+
+# What a config must hold, and of which type; configs/*.yaml of a run do.
+_RULE: dict[str, Any] = {
+    "study": str,
+    "trial": int,
+    "params": dict,
+    "training": {
+        "schedule_epochs": (int, float),
+        "share": (int, float),
+        "seeds": list,
+        "precision": str,
+        "images_per_report": int,
+        "batch_size": int,
+        "study_seed": int,
+    },
+    "dataset": {"name": str, "reference": str, "sha256": str},
+    "validation": {"accuracy": (int, float, type(None))},
+    "test": {"mean": dict, "std": dict},
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config as `fmnist-search` writes it.
+
+    Raises:
+        SearchError: if the file is missing, no YAML, or lacks something; it names the entry.
+    """
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SearchError(
+            f"{path} can't be read: {error.strerror}; give a file such as "
+            "runs/cnn/configs/best.yaml",
+            exit_code=EXIT_USAGE,
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SearchError(f"{path} is no YAML file: {error}", exit_code=EXIT_DAMAGED) from None
+    _check(config, _RULE, path, "")
+    if not config["training"]["seeds"]:
+        raise SearchError(f"{path}: training.seeds is empty", exit_code=EXIT_DAMAGED)
+    return dict(config)
+
+
+def train(path: Path, folder: Path, options: dict[str, Any], view: View) -> dict[str, Any]:
+    """Train and measure a config's point; interrupted, the same call goes on.
+
+    Args:
+        path: of the config.
+        folder: where models, predictions and metrics.json go.
+        options: where not None: study (a name or file, else the config's), dataset, seeds (how
+            many, else as many as the config's), precision, workers, max_attempts.
+        view: shows what happens.
+
+    Returns:
+        The content of metrics.json: what `export.metrics` makes, without `search`; and `config`,
+        the file that it came from.
+
+    Raises:
+        SearchError: for what the user can mend.
+    """
+    config = read_config(path)
+    entry = catalogue.find(options.get("study") or config.get("study_file") or config["study"])
+    devices_ = devices.share_out(str(options.get("workers") or "auto"))
+    folders.refuse_links(folder)
+    with folders.umask(folders.PRIVATE), ExitStack() as held:
+        folders.check(folder, "--out")
+        held.enter_context(storage.lock(folder / folders.LOCK))
+        view.log_to(folder / "search.log")
+        folders.clean(folder)
+        opening = {"type": "open", "file": str(entry.file)}
+        engine = LocalEngine(folder / "logs")
+        pool = Pool(engine, devices_, opening, options.get("silence"))
+        with signals_to(pool), pool:
+            return _train(config, folder, options, view, pool, entry)
+
+
+def _train(
+    config: dict[str, Any],
+    folder: Path,
+    options: dict[str, Any],
+    view: View,
+    pool: Pool,
+    entry: catalogue.Entry,
+) -> dict[str, Any]:
+    how = config["training"]
+    reference = options.get("dataset")
+    reference = (
+        datasets.resolve(reference, Path.cwd()) if reference else config["dataset"]["reference"]
+    )
+    described = pool.wait_for_description()
+    settings = dataclasses.replace(
+        resolve(described, str(entry.file), {}),
+        dataset=reference,
+        epochs=how["schedule_epochs"],
+        images_per_report=how["images_per_report"],
+        batch_size=how["batch_size"],
+        seed=how["study_seed"],
+        precision=options.get("precision") or how["precision"],
+        max_attempts=options.get("max_attempts") or 3,
+        folder=str(folder.absolute()),
+        checkpoints=str(folder.absolute() / folders.CHECKPOINTS),
+        weights=_weights(config, options, described),
+    )
+    if (size := options.get("cache_size")) is not None:
+        settings = dataclasses.replace(settings, cache_size=size)
+    dataset = described_data(reference)
+    if dataset["sha256"] != config["dataset"]["sha256"]:
+        logger.warning(
+            "%s is not the data that the config was measured on (%s): the figures are of "
+            "different questions",
+            reference,
+            config["dataset"]["name"],
+        )
+    settings, pretrained = with_weights(settings)
+    if (was := config.get("weights")) and pretrained and pretrained["sha256"] != was["sha256"]:
+        logger.warning(
+            "the config was measured with %s and not with %s: the figures are of different "
+            "questions",
+            was["label"],
+            pretrained["label"],
+        )
+    pool.prepare(dataclasses.asdict(settings))
+    ready = pool.wait_for_space()
+    # What makes a stored model the one that is asked for, beside its seed and length.
+    question = {
+        "study": entry.name,
+        "params": config["params"],
+        "data": dataset["sha256"],
+        "precision": ready["precision"],
+        "weights": pretrained and pretrained["sha256"],
+    }
+    jobs = _jobs(config, options.get("seeds"), question)
+    records = folder / "training.json"
+    stored = json.loads(records.read_text()) if records.exists() else {}
+    for job in jobs:
+        record = stored.get(job.key, {})
+        if all(record.get(name) == value for name, value in job.record.items()):
+            job.record = record
+
+    def save(job: Job) -> None:
+        stored[job.key] = job.record
+        artifacts.write_json(records, stored, inside=folder)
+
+    Retraining(
+        jobs,
+        settings,
+        images_per_epoch=ready["images_per_epoch"],
+        folder=folder,
+        view=view,
+        save=save,
+    ).run(pool)
+    folders.remove_scratch(folder)
+    run = {**ready, "described": described, "dataset": dataset, "weights": pretrained}
+    figures = {
+        "schema": 1,
+        **export.subject(settings, run),
+        **export.measured(jobs, run, settings, folder),
+        "provenance": provenance.collect(),
+        "config": config,
+    }
+    artifacts.write_json(folder / "metrics.json", figures, inside=folder)
+    return figures
+
+
+def _jobs(config: dict[str, Any], num_seeds: int | None, question: dict[str, Any]) -> list[Job]:
+    how, trial = config["training"], config["trial"]
+    seeds = how["seeds"][:num_seeds]
+    seeds += [
+        seed_for(how["study_seed"], "winner", trial, index)
+        for index in range(len(seeds), num_seeds or 0)
+    ]
+    length = {"epochs": how["schedule_epochs"], "share": how["share"]}
+    if how.get("validated"):
+        length["validated"] = True
+    accuracy = config["validation"]["accuracy"]
+    return [
+        Job(trial, index, seed, config["params"], accuracy, 1.0, {**length, **question})
+        for index, seed in enumerate(seeds)
+    ]
+
+
+def _weights(config: dict[str, Any], options: dict[str, Any], described: Message) -> str | None:
+    """The pretrained ones: those given, else the config's, else the study's."""
+    if given := options.get("weights"):
+        return weights.resolve(given, Path.cwd())
+    stored = (config.get("weights") or {}).get("reference")
+    return stored or described["weights"]
+
+
+def _check(value: Any, rule: Any, path: Path, name: str) -> None:
+    if not isinstance(rule, dict):
+        if not isinstance(value, rule) or isinstance(value, bool):
+            raise SearchError(
+                f"{path} is no exported config: {name} is missing or of another type. "
+                f"Received: {str(value)[:80]!r}. `fmnist-search` writes them to configs/",
+                exit_code=EXIT_DAMAGED,
+            )
+        return
+    for key, inner in rule.items():
+        found = value.get(key) if isinstance(value, dict) else None
+        _check(found, inner, path, f"{name}.{key}".lstrip("."))

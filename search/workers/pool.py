@@ -1,0 +1,395 @@
+"""Warm workers: starts them, prepares them, hears them, replaces those that die.
+
+What they are given to do is the business of `coordinator.py` (trials) and `retrain.py` (winners).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import selectors
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from search.errors import SearchError
+from search.workers import memory
+from search.workers.devices import Device, share_out
+from search.workers.engine import Engine, Worker
+from search.workers.local import LocalEngine
+from search.workers.protocol import Message
+
+logger = logging.getLogger("search")
+
+# A worker that grew by this much since its first task is replaced by a fresh one: Keras and
+# TensorFlow keep some memory of every model they traced.
+MAX_GROWTH = 130 * 2**20  # bytes
+# A worker that has reported at least twice and then says nothing for so many times its longest
+# interval, and for so long, hangs. Generous: what comes after the last report is not known.
+SILENT_INTERVALS = 10
+LEAST_SILENCE = 300.0  # seconds
+OUT_OF_MEMORY = "out_of_memory"  # how an attempt ended, where there is evidence
+_MAX_FAILED_STARTS = 3  # workers in a row that die before they are ready
+_MAX_KILLED_STARTS = 12  # the same by signals: somebody else may send them, or memory lacks
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end. Workers are ended, their trials can be continued.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"interrupted by signal {number}")
+        self.number = number
+
+
+@dataclass
+class Task:
+    """What a worker is busy with."""
+
+    trial: int
+    attempt: int
+    content: Message
+    timeout: float | None = None  # seconds
+    started: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)  # the last message, of whatever kind
+    reported: float = 0.0  # the last report, or step of a winner's training
+    interval: float = 0.0  # the longest between two reports
+
+    def hear(self, message: Message) -> None:
+        self.heard = time.monotonic()
+        if message["type"] in ("report", "progress") and "step" in message:
+            if self.reported:
+                self.interval = max(self.interval, self.heard - self.reported)
+            self.reported = self.heard
+
+    def excuse(self, seconds: float, now: float) -> None:
+        """So long nobody has listened: that is not its worker's doing."""
+        self.started = min(self.started + seconds, now)
+        self.heard = min(self.heard + seconds, now)
+
+    def overdue(self, silence: float | None, now: float) -> str:
+        """Why its worker is to be ended, or nothing.
+
+        Args:
+            now: monotonic seconds.
+            silence: seconds after which a worker that says nothing hangs; None for a guess from
+                its own reports.
+        """
+        if self.timeout and now - self.started > self.timeout:
+            return f"took longer than --trial-timeout={self.timeout:g}s"
+        usual = max(LEAST_SILENCE, SILENT_INTERVALS * self.interval) if self.interval else None
+        if (most := silence or usual) and now - self.heard > most:
+            return f"said nothing for {now - self.heard:.0f} s"
+        return ""
+
+
+@dataclass
+class Slot:
+    """A place for one worker; workers come and go, the slot stays."""
+
+    index: int
+    device: Device
+    worker: Worker | None = None
+    described: bool = False  # has loaded the study and can be prepared
+    ready: bool = False
+    task: Task | None = None
+    rss: int = 0  # bytes, after the last task
+    rss_at_first: int = 0  # bytes, after the worker's first task
+    status: dict[str, Any] = field(default_factory=dict)  # for the terminal view
+
+
+@dataclass(frozen=True)
+class Event:
+    """A worker's message about its current task, or its death (`lost` says how)."""
+
+    slot: Slot
+    message: Message
+    lost: str | None = None
+    task: Task | None = None
+    kind: str = "killed"  # of a loss; timeout or out_of_memory where that is known
+
+
+def run_task(file: Path, settings: Message, task: Message) -> Message:
+    """One task on one worker of its own, outside a search: the command line imports no Keras.
+
+    Args:
+        file: of the study.
+        settings: as `prepare` sends them.
+        task: its name under `task`, and its content.
+
+    Raises:
+        SearchError: if it fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="fmnist-search-") as logs:
+        device = share_out("1")[0]
+        pool = Pool(LocalEngine(Path(logs)), [device], {"type": "open", "file": str(file)})
+        with pool:
+            pool.wait_for_description()
+            pool.prepare(settings, search=False)
+            pool.wait_for_space()
+            pool.give(pool.slots[0], 0, 1, task)
+            while True:
+                for event in pool.poll(1.0):
+                    if event.lost is not None:
+                        raise SearchError(
+                            f"the worker {event.lost.splitlines()[0]}", detail=event.lost
+                        )
+                    if event.message["type"] != "finished":
+                        continue
+                    if event.message["outcome"] != "complete":
+                        detail = event.message.get("traceback", "")
+                        raise SearchError(event.message["reason"], detail=detail)
+                    return event.message
+
+
+class Pool:
+    """The workers of one run.
+
+    Args:
+        engine: where they run.
+        devices: one for each slot.
+        opening: the `open` message that each worker gets first.
+        silence: seconds after which a worker that says nothing is replaced; None for a guess.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        devices: list[Device],
+        opening: Message,
+        silence: float | None = None,
+    ):
+        self._silence = silence
+        self.slots = [Slot(index, device) for index, device in enumerate(devices)]
+        self._engine = engine
+        self._opening = opening
+        self._preparation: Message | None = None
+        self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
+        self._oom_kills = memory.oom_kills()
+        self._listened = time.monotonic()  # when it was last seen what the workers said
+        self.interrupted = 0  # the number of the signal that asked the run to end
+        self.described: Message | None = None  # what the study says of itself
+        self.space: Message | None = None  # space and known points, from the first ready worker
+
+    def __enter__(self) -> Pool:
+        for slot in self.slots:
+            self._start(slot)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for slot in self.slots:
+            self._stop(slot)
+        self._selector.close()
+
+    def wait_for_description(self) -> Message:
+        """The study's own settings, as the first worker that has loaded it tells them."""
+        while self.described is None:
+            list(self.poll(1.0))
+        return self.described
+
+    def prepare(self, settings: Message, *, search: bool = True) -> None:
+        """Tell every worker, now and later, what the run is; they answer when they are ready.
+
+        Args:
+            search: read the data and describe the space first.
+        """
+        provided = self._engine.provide(settings)
+        self._preparation = {"type": "prepare", "settings": provided, "search": search}
+        for slot in self.slots:
+            if slot.worker and slot.described:
+                self._send(slot, self._preparation)
+
+    def wait_for_space(self) -> Message:
+        while self.space is None:
+            list(self.poll(1.0))
+        return self.space
+
+    def idle(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.ready and slot.task is None]
+
+    def busy(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.task is not None]
+
+    def give(
+        self,
+        slot: Slot,
+        trial: int,
+        attempt: int,
+        content: Message,
+        timeout: float | None = None,
+        *,
+        alone: bool = False,
+    ) -> None:
+        """Start a task on an idle slot; a worker that takes longer (seconds) is replaced.
+
+        Args:
+            alone: the others, idle all, are replaced first: an idle worker keeps what memory its
+                last task took, on a GPU too.
+        """
+        for other in self.slots if alone else ():
+            if other is not slot:
+                self._restart(other)
+        slot.task = Task(trial, attempt, content, timeout)
+        self._send(slot, {"type": "start", "trial": trial, "attempt": attempt, **content})
+
+    def drop_tasks(self) -> None:
+        """Replace the workers that are still busy: nobody is left to answer what they say."""
+        for slot in self.busy():
+            self._restart(slot)
+
+    def answer(self, slot: Slot, **content: Any) -> None:
+        if slot.task is not None:
+            stamp = {"trial": slot.task.trial, "attempt": slot.task.attempt}
+            self._send(slot, {"type": "answer", **stamp, **content})
+
+    def give_threads(self, slot: Slot, threads: int) -> None:
+        """Replace an idle slot's worker by one with so many threads (fixed when one starts)."""
+        if slot.device.threads == threads or not self._engine.has_wide_workers:
+            return
+        slot.device = Device(threads, slot.device.gpu)
+        self._restart(slot)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, unless a signal has come or comes: then raise Interrupted."""
+        end = time.monotonic() + seconds
+        while not self.interrupted and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+        if self.interrupted:
+            raise Interrupted(self.interrupted)
+
+    def poll(self, timeout: float) -> Iterator[Event]:
+        """What the workers have said by now; waits up to `timeout` seconds for the first word.
+
+        Raises:
+            SearchError: if the study can't be loaded, or workers keep dying before they are ready.
+            Interrupted: once a signal has come.
+        """
+        if self.interrupted:
+            raise Interrupted(self.interrupted)
+        for device in self._engine.joined():
+            self.slots.append(Slot(len(self.slots), device))
+            self._start(self.slots[-1])
+        now = time.monotonic()
+        for task in (slot.task for slot in self.slots if slot.task):
+            # A storage that fails may have kept the coordinator from listening.
+            task.excuse(now - self._listened, now)
+        heard = self._selector.select(timeout)
+        self._listened = time.monotonic()
+        for key, _ in heard:
+            slot: Slot = key.data
+            if slot.worker is None or slot.worker.channel is not key.fileobj:
+                continue
+            events, is_lost = [], False
+            try:
+                for message in slot.worker.channel.receive():
+                    events.append(self._hear(slot, message))
+            except (EOFError, ValueError, KeyError, TypeError):  # or it speaks no sense
+                is_lost = True
+            yield from filter(None, events)
+            if is_lost:
+                yield from self._lost(slot)
+        for slot in self.slots:
+            # A child of the worker's may hold its socket open: then no end of file tells its death.
+            if slot.worker and not slot.worker.is_alive() and not slot.worker.channel.is_readable():
+                yield from self._lost(slot)
+            elif slot.task and (why := slot.task.overdue(self._silence, self._listened)):
+                yield from self._end_late(slot, slot.task, why)
+
+    def _hear(self, slot: Slot, message: Message) -> Event | None:
+        type_ = message["type"]
+        if type_ == "described":
+            slot.described = True
+            self.described = self.described or message
+            if self._preparation:
+                self._send(slot, self._preparation)
+            return None
+        if type_ == "ready":
+            slot.ready = True
+            slot.rss = message["rss"]
+            self._failed_starts = 0
+            self.space = self.space or message
+            return None
+        if type_ == "failed":
+            raise SearchError(message["message"], detail=message.get("traceback", ""))
+        task = slot.task
+        if task is None or (message["trial"], message["attempt"]) != (task.trial, task.attempt):
+            return None  # what an old attempt says
+        task.hear(message)
+        if type_ == "finished":
+            self._finish(slot, message)
+        return Event(slot, message, task=task)
+
+    def _finish(self, slot: Slot, message: Message) -> None:
+        slot.task = None
+        slot.rss = message["rss"]
+        slot.rss_at_first = slot.rss_at_first or slot.rss
+        slot.status = {}
+        if message.get("outcome") == OUT_OF_MEMORY:
+            self._restart(slot)  # what is left of its memory is in pieces
+        elif slot.rss - slot.rss_at_first > MAX_GROWTH:
+            logger.info(
+                "worker %d has grown by %d MB and is replaced",
+                slot.index,
+                (slot.rss - slot.rss_at_first) >> 20,
+            )
+            self._restart(slot)
+
+    def _lost(self, slot: Slot) -> Iterator[Event]:
+        worker, task, was_ready = slot.worker, slot.task, slot.ready
+        assert worker is not None
+        self._stop(slot)
+        how = worker.post_mortem()
+        # Once one has been ready, a worker that is killed while it starts says nothing about us.
+        if not was_ready and (self.space is None or not worker.was_killed()):
+            self._failed_starts += 1
+        most = _MAX_KILLED_STARTS if worker.was_killed() else _MAX_FAILED_STARTS
+        if self._failed_starts >= most:
+            raise SearchError(
+                f"{self._failed_starts} workers in a row died before they were ready; the last "
+                f"{how.splitlines()[0]}, see {worker.log}",
+                detail=how,
+            )
+        logger.warning("worker %d (process %d) %s", slot.index, worker.pid, how.splitlines()[0])
+        self._start(slot)
+        kind = self._why_killed() if worker.was_killed() else "killed"
+        if task:
+            yield Event(slot, {"type": "lost"}, lost=how, task=task, kind=kind)
+
+    def _why_killed(self) -> str:
+        before, self._oom_kills = self._oom_kills, memory.oom_kills()
+        return OUT_OF_MEMORY if self._oom_kills > before else "killed"
+
+    def _end_late(self, slot: Slot, task: Task, why: str) -> Iterator[Event]:
+        logger.warning("worker %d %s and is replaced", slot.index, why)
+        self._restart(slot)
+        yield Event(slot, {"type": "lost"}, lost=why, task=task, kind="timeout")
+
+    def _restart(self, slot: Slot) -> None:
+        self._stop(slot)
+        self._start(slot)
+
+    def _start(self, slot: Slot) -> None:
+        slot.worker = self._engine.start(slot.device, slot.index)
+        slot.described = slot.ready = False
+        slot.task, slot.rss, slot.rss_at_first, slot.status = None, 0, 0, {}
+        self._selector.register(slot.worker.channel, selectors.EVENT_READ, slot)
+        self._send(slot, self._opening)
+
+    def _stop(self, slot: Slot) -> None:
+        if slot.worker is None:
+            return
+        self._selector.unregister(slot.worker.channel)
+        slot.worker.kill()
+        slot.worker, slot.ready, slot.task = None, False, None
+
+    def _send(self, slot: Slot, message: Message) -> None:
+        assert slot.worker is not None
+        with contextlib.suppress(OSError):  # it has died: the next poll reads that
+            slot.worker.channel.send(message)

@@ -1,0 +1,421 @@
+"""Workers on the nodes of a Ray cluster, `pip install '.[ray]'`.
+
+    fmnist-search --study cnn --engine ray --address auto
+
+Ray core actors, one for each worker; what they do is in relay.py. The coordinator, the study and
+the run's folder stay with this process. Ray's own transport carries everything: there is no other
+port, and so no other way in than Ray's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from search import artifacts
+from search.data import datasets, fetching, image_folder
+from search.errors import EXIT_USAGE, SearchError
+from search.workers import devices, relay
+from search.workers.devices import Device
+from search.workers.protocol import Channel, Message
+
+logger = logging.getLogger("search")
+
+_MAX_STUDY = 10_000_000  # bytes of Python files beside a study's
+_REACHABLE = 5.0  # seconds for a connection to a cluster
+_ANSWER = 60.0  # seconds for a node's description
+_LOOK = 5.0  # seconds between two looks at which nodes there are
+_GONE = 3.0  # seconds for an actor to end its worker, before it is ended itself
+_NO_TOKEN = (
+    "whoever reaches a Ray cluster without token authentication runs code on it. Start it "
+    "and this command with RAY_AUTH_MODE=token, or take --allow-insecure-ray"
+)
+
+
+class RayEngine:
+    """Starts workers on a cluster.
+
+    Args:
+        folder: of the run.
+        study: its file.
+        address: of a cluster, as `ray.init` takes it; None for one of this machine alone, which
+            ends with the run.
+        shared: a folder that every node has; None for none.
+        insecure: whether a cluster may be used that asks nobody for a token.
+
+    Raises:
+        SearchError: if Ray is absent, the cluster can't be reached or asks for no token, a node
+            has other versions, or the folder is not shared.
+    """
+
+    has_wide_workers = False  # the cluster has given each actor its cores
+
+    def __init__(
+        self,
+        folder: Path,
+        study: Path,
+        *,
+        address: str | None = None,
+        shared: Path | None = None,
+        insecure: bool = False,
+    ):
+        self._ray = _joined(address, insecure)
+        self._folder, self._study = str(folder.absolute()), study
+        name = f"{socket.gethostname()}:{self._folder}"
+        self._run = hashlib.sha256(name.encode()).hexdigest()[:16]
+        self._share = {"num_cpus": 1.0, "num_gpus": 0.0}  # of each worker
+        self._device, self._num_workers = Device(1), 0
+        self._counted = ""  # what each worker has one of: as many as there are, now and later
+        self._home = str(fetching.keras_datasets().parent)
+        self._files: relay.Files = {}  # that workers read
+        self._study_files = self._put(_contents(_beside(study)))
+        self._shared = None if shared is None else Path(shared).absolute()
+        self._insecure = insecure or address is None
+        self._word = secrets.token_hex(8)  # written into the shared folder
+        self._versions = relay.versions()
+        self._asked: dict[str, Any] = {}  # nodes -> their descriptions, to come
+        self._fit: set[str] = set()  # nodes that can be used
+        self._unfit: set[str] = set()
+        self._looked = time.monotonic()
+        try:
+            self._ask_newcomers()
+            for node in list(self._asked):
+                self._judge(node)
+        except BaseException:
+            self._clear_shared()
+            self._ray.shutdown()
+            raise
+
+    def devices(self, workers: str) -> list[Device]:
+        gpus, cpus = self._total("GPU"), self._total("CPU")
+        if workers != "auto" and not (workers.isdecimal() and int(workers)):
+            raise SearchError(
+                f"--workers is auto or a number above 0. Received: {workers!r}",
+                exit_code=EXIT_USAGE,
+            )
+        if not (gpus or cpus):
+            raise SearchError("the cluster has neither GPU nor CPU to give to a worker")
+        count = int(workers) if workers != "auto" else gpus or cpus
+        if not gpus:
+            logger.info("the cluster has no GPU: workers run on its %d cores", cpus)
+        # More workers than GPUs share them; more than cores, too.
+        self._share = {
+            "num_gpus": _fraction(gpus, count) if gpus else 0.0,
+            "num_cpus": 0.0 if gpus else _fraction(cpus, count),
+        }
+        threads = max(1, cpus // max(count, gpus or 1))
+        if not gpus:  # as many as it may have on a node
+            threads = max(1, int(self._share["num_cpus"]))
+        if workers == "auto":
+            self._counted = "GPU" if gpus else "CPU"
+        self._device, self._num_workers = Device(threads, "of the cluster" if gpus else None), count
+        return [self._device] * count
+
+    def joined(self) -> list[Device]:
+        if time.monotonic() < self._looked + _LOOK:
+            return []
+        self._looked = time.monotonic()
+        self._ask_newcomers()
+        for node, answer in list(self._asked.items()):
+            if not self._ray.wait([answer], timeout=0)[0]:
+                continue
+            try:
+                self._judge(node)
+            except SearchError as error:
+                self._unfit.add(node)
+                logger.warning("%s; it is not used", error)
+        added = max(0, self._total(self._counted) - self._num_workers) if self._counted else 0
+        if added:
+            logger.info("nodes have joined: %d more worker%s", added, "" if added == 1 else "s")
+        self._num_workers += added
+        return [self._device] * added
+
+    def provide(self, settings: Message) -> Message:
+        reference = "" if settings.get("kind") == "objective" else settings.get("dataset", "")
+        contents = {}
+        if reference in datasets.DATASETS:
+            contents = _contents(datasets.files_of(datasets.DATASETS[reference]))
+        elif os.path.isdir(reference):
+            settings = settings | {"dataset": f"{reference}.npz"}
+            contents = {settings["dataset"]: image_folder.packed(Path(reference))}
+        elif reference:
+            contents = _contents([Path(reference)])
+        if settings.get("weights") and os.path.isfile(settings["weights"]):
+            contents |= _contents([Path(settings["weights"])])
+        self._files |= self._put(contents)
+        return settings
+
+    def start(self, device: Device, slot: int) -> RayWorker:
+        actor = (
+            self._ray.remote(concurrency_groups={"in": 1, "out": 1, "end": 1})(relay.Relay)
+            .options(**self._share, **self._elsewhere())
+            .remote(self._run, self._folder, str(relay.ROOT))
+        )
+        backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+        begun = actor.begin.remote(
+            slot, device, self._home, backend, self._study_files, self._versions
+        )
+        return RayWorker(self._ray, actor, begun, self._files)
+
+    def close(self) -> None:
+        self._clear_shared()
+        with contextlib.suppress(Exception):  # a node that is gone has forgotten
+            forgotten = [self._call(node, relay.forget, self._run) for node in self._alive()]
+            self._ray.get(forgotten, timeout=10)
+        self._ray.shutdown()
+
+    def _put(self, contents: dict[str, bytes]) -> relay.Files:
+        """Into the object store, from which a node takes each once."""
+        return {
+            path: (hashlib.sha256(content).hexdigest(), self._ray.put(content))
+            for path, content in contents.items()
+        }
+
+    def _elsewhere(self) -> dict[str, Any]:
+        """An actor's option that keeps it away from nodes that can't be used."""
+        nodes = ", ".join(sorted(self._unfit))
+        return {"label_selector": {"ray.io/node-id": f"!in({nodes})"}} if nodes else {}
+
+    def _alive(self) -> dict[str, dict[str, float]]:
+        """Nodes and what each has."""
+        return {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
+
+    def _total(self, resource: str) -> int:
+        nodes = self._alive()
+        return int(sum(nodes[node].get(resource, 0) for node in nodes.keys() & self._fit))
+
+    def _call(self, node: str, function: Any, *arguments: Any) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        call = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
+        return call.remote(*arguments)
+
+    def _ask_newcomers(self) -> None:
+        """Have nodes that have not been seen yet describe themselves."""
+        new = self._alive().keys() - self._asked.keys() - self._fit - self._unfit
+        if new and self._shared:
+            artifacts.write_text(self._shared / f".{self._word}", self._word)
+        for node in new:
+            folder = str(self._shared or "")
+            self._asked[node] = self._call(node, relay.describe, folder, self._word, node)
+
+    def _judge(self, node: str) -> None:
+        """Read its description.
+
+        Raises:
+            SearchError: if it can't be used; the message says why.
+        """
+        try:
+            found = self._ray.get(self._asked.pop(node), timeout=_ANSWER)
+            # By its name: a network folder's listing may be a minute old.
+            answer = self._shared and (self._shared / f".{self._word}.{node}").is_file()
+        except self._ray.exceptions.RayError as error:
+            if node not in self._alive():  # a cluster notices late that one has gone
+                logger.warning("a node of the cluster left before it could be asked")
+                return
+            raise SearchError(
+                f"a node of the cluster can't run this project ({_one_line(error)}); install "
+                "fmnist-search there, with the same versions as here"
+            ) from None
+        finally:
+            if not self._asked:
+                self._clear_shared()
+        host = found["host"]
+        if not (found["has_token"] or self._insecure):
+            raise SearchError(f"node {host} asks for no token: {_NO_TOKEN}", exit_code=EXIT_USAGE)
+        if differing := relay.differences(self._versions, found["versions"]):
+            raise SearchError(f"node {host} has other versions than this one: {differing}")
+        if self._shared and found["word"] != self._word:
+            raise SearchError(
+                f"--shared {self._shared} is not shared: node {host} does not find there "
+                "what was written here",
+                exit_code=EXIT_USAGE,
+            )
+        if self._shared and not answer:
+            raise SearchError(
+                f"--shared {self._shared} is not shared: what node {host} wrote there is not "
+                "found here",
+                exit_code=EXIT_USAGE,
+            )
+        self._fit.add(node)
+
+    def _clear_shared(self) -> None:
+        for left in self._shared.glob(f".{self._word}*") if self._shared else ():
+            left.unlink(missing_ok=True)
+
+
+class RayWorker:
+    """A worker that an actor keeps on some node.
+
+    Args:
+        begun: the answer to its `begin`, to come.
+        files: that have to be there before it is prepared; more may come.
+    """
+
+    def __init__(self, ray: Any, actor: Any, begun: Any, files: relay.Files):
+        ours, self._theirs = socket.socketpair()
+        self._ray, self._actor, self._begun = ray, actor, begun
+        self._task: Message = {}
+        self.channel = _RayChannel(ours, self._send)
+        self.pid, self.host, self.log = 0, "the cluster", "its node"  # until it has begun
+        self._files = files
+        self._ended: tuple[bool, str] | None = None  # whether it was killed, its last words
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def was_killed(self) -> bool:
+        return self._ended is None or self._ended[0]
+
+    def kill(self) -> None:
+        with contextlib.suppress(Exception):  # it is gone, or has never been
+            if self._ended is None and self.pid:
+                self._ended = self._ask("end", timeout=_GONE)
+        with contextlib.suppress(Exception):
+            self._ray.kill(self._actor, no_restart=True)
+        self.channel.close()
+        self._thread.join(_GONE)
+
+    def post_mortem(self) -> str:
+        return self._ended[1] if self._ended else "was lost with its actor or node"
+
+    def _send(self, message: Message) -> None:
+        if message["type"] == "start":
+            self._task = message
+        line = json.dumps(message, allow_nan=False).encode()
+        files = self._files if message["type"] == "prepare" else {}
+        if model := message.get("model"):  # trained elsewhere, perhaps
+            files = {model: (artifacts.sha256(model), self._ray.put(Path(model).read_bytes()))}
+        try:
+            self._actor.send.remote(line, files)
+        except self._ray.exceptions.RayError as error:
+            raise OSError(str(error)) from error
+
+    def _listen(self) -> None:
+        """Carries what the worker says to the coordinator's socket, until there is no more."""
+        try:
+            begun = self._ray.get(self._begun)
+            self.host, self.log, self.pid = begun["host"], begun["log"], begun["pid"]
+            while (data := self._ask("receive")) != b"":
+                for line in (data or b"").splitlines(keepends=True):
+                    self._bring_files(json.loads(line))
+                    self._theirs.sendall(line)
+            self._ended = self._ask("end", timeout=_GONE)
+        except self._ray.exceptions.RayActorError:
+            pass  # the actor has died: post_mortem says so
+        except (self._ray.exceptions.RayError, SearchError, ValueError, OSError) as error:
+            logger.debug("a worker's actor: %s", error)
+            self._ended = (True, f"was given up: {_one_line(error)}")
+        finally:
+            self._theirs.close()
+
+    def _ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
+        answer = getattr(self._actor, method).remote(*arguments)
+        return self._ray.get(answer, timeout=timeout)
+
+    def _bring_files(self, message: Message) -> None:
+        """What a task has written comes here before it is said that it has finished."""
+        if message["type"] != "finished" or message.get("outcome") != "complete":
+            return
+        for path, sha256 in (("path", "sha256"), ("pictures", "pictures_sha256")):
+            if self._task.get(path) and message.get(sha256):
+                self._bring(self._task[path], message[sha256])
+
+    def _bring(self, path: str, sha256: str) -> None:
+        with artifacts.write_atomically(path) as beside:
+            with beside.open("wb") as stream:
+                while piece := self._ask("read", path, stream.tell()):
+                    stream.write(piece)
+            if artifacts.sha256(beside) != sha256:
+                raise SearchError(f"{path} came from {self.host} with another hash")
+
+
+class _RayChannel(Channel):
+    """Hears through a socket, as the pool's selector wants it; speaks through the actor."""
+
+    def __init__(self, sock: socket.socket, say: Any):
+        super().__init__(sock)
+        self._say = say
+
+    def send(self, message: Message) -> None:
+        self._say(message)
+
+
+def _joined(address: str | None, insecure: bool) -> Any:
+    """Ray, connected to a cluster."""
+    try:
+        import ray
+    except ImportError:
+        raise SearchError("--engine ray needs Ray: pip install '.[ray]'") from None
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        ray.init(
+            "local",
+            num_cpus=devices.cores(),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            **quiet,
+        )
+        return ray
+    if not (insecure or relay.asks_for_token()):
+        raise SearchError(_NO_TOKEN, exit_code=EXIT_USAGE)
+    _refuse_unreachable(address)
+    try:
+        ray.init(address, **quiet)
+    except Exception as error:  # ConnectionError, RuntimeError for versions, gRPC's own
+        raise SearchError(
+            f"the Ray cluster at --address {address!r} can't be joined: {_one_line(error)}"
+        ) from None
+    return ray
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself would try for a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local"):
+        return
+    try:
+        with socket.create_connection((host, int(port)), _REACHABLE):
+            return
+    except (OSError, ValueError, OverflowError) as error:
+        raise SearchError(
+            f"--address is auto, HOST:PORT or ray://HOST:PORT of a cluster that runs. "
+            f"Received: {address!r} ({getattr(error, 'strerror', None) or error})",
+            exit_code=EXIT_USAGE,
+        ) from None
+
+
+def _fraction(available: int, count: int) -> float:
+    """Of a resource for each of so many workers: 1/K, so that K fit on each GPU, wherever it is;
+    rounded down as Ray counts."""
+    return int(10_000 / math.ceil(count / available)) / 10_000
+
+
+def _beside(study: Path) -> list[Path]:
+    """A study's file and the Python files that it may import from its folder."""
+    if study.is_relative_to(relay.ROOT / "studies"):
+        return []
+    files = [study, *(file for file in sorted(study.parent.glob("*.py")) if file != study)]
+    return files if sum(file.stat().st_size for file in files) < _MAX_STUDY else [study]
+
+
+def _contents(files: list[Path]) -> dict[str, bytes]:
+    return {str(file.absolute()): file.read_bytes() for file in files}
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).strip()[:300]

@@ -1,0 +1,170 @@
+"""Snapshots of a study, and what a damaged file costs."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from search import folders
+from search.errors import SearchError
+from search.storage import snapshots, sqlite_file, storage
+from search.storage.snapshots import KEPT, Snapshots, restore
+from tests.command import ROOT
+
+
+def add_trials(url, number):
+    study = storage.open_study(url, "mine")
+    for _ in range(number):
+        trial = study.ask()
+        study.tell(trial, trial.suggest_float("x", 0, 1))
+    study._storage._backend.engine.dispose()
+
+
+@pytest.fixture
+def database(tmp_path):
+    path = tmp_path / "study.db"
+    add_trials(f"sqlite:///{path}", 4)
+    return path
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero_a_page(path):
+    content = bytearray(path.read_bytes())
+    content[4096 : 3 * 4096] = bytes(2 * 4096)
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "a page zeroed": zero_a_page,
+    "a garbage header": lambda path: path.write_bytes(b"garbage!" * 20 + path.read_bytes()[160:]),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.fault("S5")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_s5_the_newest_sound_snapshot_is_put_back(database, damage):
+    url = f"sqlite:///{database}"
+    Snapshots(database).take()
+    add_trials(url, 2)  # lost with the file
+    DAMAGES[damage](database)
+    before = database.read_bytes() if database.exists() else None
+    restored = restore(database)
+    assert restored.num_trials == 4
+    assert (restored.aside and restored.aside.read_bytes()) == before
+    study = storage.read_study(url, "mine")
+    assert [trial.number for trial in study.trials] == [0, 1, 2, 3]
+    add_trials(url, 1)  # it can be gone on with
+    assert len(storage.read_study(url, "mine").trials) == 5
+
+
+def test_a_damaged_snapshot_is_passed_over(database, monkeypatch):
+    stamps = iter(["20260101-000000", "20260102-000000"])
+    monkeypatch.setattr(snapshots.time, "strftime", lambda *_: next(stamps, "20260103-000000"))
+    for _ in range(2):
+        Snapshots(database).take()
+    truncate(database.parent / "snapshots" / "study-20260102-000000.db")
+    truncate(database)
+    assert restore(database).snapshot.name == "study-20260101-000000.db"
+
+
+def test_a_sound_study_is_left_alone(database):
+    Snapshots(database).take()
+    before = database.read_bytes()
+    with pytest.raises(SearchError, match="is sound: there is nothing to repair"):
+        restore(database)
+    assert database.read_bytes() == before
+
+
+def test_without_a_snapshot_it_says_so(database):
+    truncate(database)
+    with pytest.raises(SearchError, match=r"no sound snapshot lies in .*snapshots"):
+        restore(database)
+
+
+def test_the_newest_are_kept(database, monkeypatch):
+    stamps = iter(f"2026010{day}-000000" for day in range(1, 7))
+    monkeypatch.setattr(snapshots.time, "strftime", lambda *_: next(stamps))
+    for _ in range(6):
+        Snapshots(database).take()
+    kept = sorted(path.name for path in (database.parent / "snapshots").iterdir())
+    assert kept == [f"study-2026010{day}-000000.db" for day in (4, 5, 6)]
+    assert len(kept) == KEPT
+
+
+def test_another_database_in_the_same_folder_has_snapshots_of_its_own(database, monkeypatch):
+    stamps = iter(f"2026010{day}-000000" for day in range(1, 9))
+    monkeypatch.setattr(snapshots.time, "strftime", lambda *_: next(stamps))
+    Snapshots(database).take()
+    other = database.with_name("study-b.db")
+    add_trials(f"sqlite:///{other}", 1)
+    for _ in range(KEPT):
+        Snapshots(other).take()
+    for _ in range(KEPT - 1):
+        Snapshots(database).take()
+    assert len(list((database.parent / "snapshots").iterdir())) == 2 * KEPT
+    truncate(database)
+    restored = restore(database)
+    assert (restored.snapshot.name, restored.num_trials) == ("study-20260106-000000.db", 4)
+
+
+def test_a_snapshot_of_a_study_that_is_written_is_whole(database):
+    with sqlite3.connect(database) as writer:
+        writer.execute("PRAGMA journal_mode=wal")
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("UPDATE trials SET state = 'FAIL'")
+        Snapshots(database).take()
+        writer.rollback()
+    (snapshot,) = (database.parent / "snapshots").iterdir()
+    assert sqlite_file.problem_of(snapshot) == ""
+    with sqlite3.connect(snapshot) as copy:
+        assert copy.execute("SELECT count(*) FROM trials WHERE state = 'FAIL'").fetchone() == (0,)
+
+
+def test_what_a_kill_has_left_of_a_snapshot_is_removed(database):
+    Snapshots(database).take()
+    (whole,) = (database.parent / "snapshots").iterdir()
+    for end in ("", "-wal", "-shm"):
+        whole.with_name(f".{whole.stem}.1234abcd.partial.db{end}").touch()
+    folders.clean(database.parent)
+    assert list(whole.parent.iterdir()) == [whole]
+
+
+def test_a_snapshot_that_cannot_be_written_is_a_warning(database, caplog):
+    (database.parent / "snapshots").write_text("in the way")
+    Snapshots(database).take()
+    assert "no snapshot of the study" in caplog.text
+
+
+@pytest.mark.fault("S5")
+def test_the_command_says_what_it_has_done(database):
+    (database.parent / "mine.py").write_text(
+        "from studies.study import Study\nstudy = Study(name='mine', objective=lambda trial: 1.0)\n"
+    )
+    Snapshots(database).take()
+    truncate(database)
+    command = [
+        sys.executable,
+        "-m",
+        "search",
+        "repair",
+        "--study",
+        str(database.parent / "mine.py"),
+    ]
+    command += ["--out", str(database.parent)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "with 4 finished trials" in done.stdout
+    assert "the damaged file lies in" in done.stdout
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2
+    assert "nothing to repair" in again.stderr

@@ -1,0 +1,391 @@
+import math
+
+import keras
+import numpy as np
+import pytest
+
+from search.training import training
+from search.training.training import Plan, Report
+
+NUM_IMAGES = 60
+
+
+def plan(**changed):
+    fields = {"num_images": 60, "images_per_report": 20, "num_reports": 3, "batch_size": 10}
+    return Plan(**(fields | {"seed": 1} | changed))
+
+
+def data(num_images=NUM_IMAGES, seed=0):
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, num_images).astype(np.uint8)
+    x = rng.integers(0, 100, (num_images, 2, 2, 1)).astype(np.uint8)
+    x[:, 0, 0, 0] = y * 100  # so that it can be learnt
+    return x, y
+
+
+def network(loss="sparse_categorical_crossentropy", learning_rate=0.05):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((2, 2, 1)),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Flatten(),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model.compile(keras.optimizers.SGD(learning_rate), loss, metrics=["accuracy"])
+    return model
+
+
+class Trial:
+    """Keeps what is reported and says to stop at a step."""
+
+    def __init__(self, prune_at=None):
+        self.reports = {}
+        self.metrics = []
+        self.progress = []
+        self._prune_at = prune_at
+
+    def report(self, value, step, metrics=None, **progress):
+        self.reports[step] = value
+        self.metrics.append(metrics)
+        self.progress.append(progress)
+
+    def should_prune(self):
+        return max(self.reports) == self._prune_at
+
+
+class Diary(keras.callbacks.Callback):
+    """Notes what a callback of the user's is told, and the weights it finds."""
+
+    def __init__(self):
+        super().__init__()
+        self.ends = 0
+        self.epochs = []
+        self.rates = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append(sorted(logs))
+        self.rates.append(float(self.model.optimizer.learning_rate))
+
+    def on_train_end(self, logs=None):
+        self.ends += 1
+
+
+# The order of the images
+
+
+@pytest.mark.parametrize(
+    ("changed", "steps", "reports_per_epoch"),
+    [
+        ({}, 2, 3.0),
+        ({"images_per_report": 25}, 2, 2.4),  # whole batches only
+        ({"batch_size": 64}, 1, 3.0),  # at least one
+        ({"images_per_report": 120, "batch_size": 30}, 4, 0.5),
+    ],
+)
+def test_steps_and_reports_of_a_plan(changed, steps, reports_per_epoch):
+    assert plan(**changed).steps_per_report == steps
+    assert plan(**changed).reports_per_epoch == reports_per_epoch
+
+
+@pytest.mark.parametrize(
+    ("num_reports", "num_images", "length"), [(9, 60, 180), (1, 60, 20), (7, 37, 140), (1, 20, 20)]
+)
+def test_every_epoch_sees_every_image_once(num_reports, num_images, length):
+    order = plan(num_reports=num_reports, num_images=num_images).order()
+    assert (order.dtype, len(order)) == (np.int32, length)
+    for start in range(0, length, num_images):
+        epoch = order[start : start + num_images]
+        assert len(set(epoch)) == len(epoch)
+        assert set(epoch) <= set(range(num_images))
+    assert len(set(order[:num_images])) == min(length, num_images)
+
+
+def test_epochs_and_seeds_differ():
+    order = plan(num_reports=6).order()
+    assert order[:60].tolist() != order[60:].tolist()
+    assert order.tolist() != plan(num_reports=6, seed=2).order().tolist()
+
+
+def test_no_two_epochs_of_neighbouring_seeds_are_the_same():
+    # (seed, epoch) and not seed + epoch.
+    assert plan(num_reports=6).order()[60:].tolist() != plan(seed=2).order().tolist()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="others compile their own way")
+def test_a_new_model_is_traced_once():
+    calls = []
+
+    class Counting(keras.layers.Layer):
+        def call(self, x):
+            calls.append(x)
+            return x
+
+    x, y = data()
+    model = keras.Sequential([network(), Counting()])
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    calls.clear()
+    training.train(model, (x, y), plan(num_reports=2), validation_data=None, callbacks=[])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("num_reports", [1, 2, 3, 4, 7, 11])
+def test_a_longer_plan_begins_with_the_shorter_one(num_reports):
+    longer = plan(num_reports=12).order()
+    shorter = plan(num_reports=num_reports).order()
+    np.testing.assert_array_equal(longer[: len(shorter)], shorter)
+
+
+@pytest.mark.parametrize("num_done", [1, 3, 5])
+def test_a_resumed_training_sees_the_images_it_would_have_seen(num_done):
+    position = num_done * 20
+    whole = plan(num_reports=6).order()
+    np.testing.assert_array_equal(plan(num_reports=6).order()[position:], whole[position:])
+    seen = whole[: 60 * (position // 60)]
+    np.testing.assert_array_equal(np.bincount(seen, minlength=60), np.full(60, len(seen) // 60))
+
+
+def test_the_model_is_shown_the_plan_s_images_in_its_order():
+    """The labels of the batches, as a metric of the user's meets them."""
+    seen = []
+
+    class Labels(keras.metrics.Metric):
+        def update_state(self, y, y_pred, sample_weight=None):
+            seen.extend(np.asarray(y).ravel().tolist())
+
+        def result(self):
+            return 0.0
+
+    x, _ = data()
+    y = np.arange(NUM_IMAGES) % 3
+    model = network()
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=[Labels()], run_eagerly=True)
+    the_plan = plan(num_reports=4)
+    training.train(model, (x, y), the_plan, validation_data=None, callbacks=[])
+    assert [int(label) for label in seen] == y[the_plan.order()].tolist()
+
+
+# Reports, by hand
+
+
+def fed(trial, *epochs, monitor="val_accuracy"):
+    report = Report(trial, images=20, monitor=monitor)
+    report.set_model(keras.Sequential())
+    report.model.stop_training = False
+    for epoch, logs in enumerate(epochs):
+        report.on_epoch_begin(epoch)
+        report.on_test_begin()
+        report.on_epoch_end(epoch, logs)
+    return report
+
+
+def test_reports_are_numbered_from_one():
+    trial = Trial()
+    report = fed(trial, {"val_accuracy": 0.5, "loss": 2.0}, {"val_accuracy": 0.75, "loss": 1.0})
+    assert trial.reports == {1: 0.5, 2: 0.75}
+    assert trial.metrics[1] == {"val_accuracy": 0.75, "loss": 1.0}
+    assert trial.progress[0]["images_per_second"] > 0
+    assert (report.pruned, report.diverged, report.model.stop_training) == (False, "", False)
+
+
+def test_another_monitor_is_reported():
+    trial = Trial()
+    fed(trial, {"val_accuracy": 0.5, "val_loss": 2.0}, monitor="val_loss")
+    assert trial.reports == {1: 2.0}
+
+
+def test_a_trial_that_says_stop_is_stopped():
+    report = fed(Trial(prune_at=2), {"val_accuracy": 0.5}, {"val_accuracy": 0.4})
+    assert report.pruned
+    assert report.model.stop_training
+
+
+@pytest.mark.parametrize("name", ["loss", "val_loss", "val_accuracy"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_figure_that_is_not_finite_stops_and_is_not_reported(name, value):
+    trial = Trial()
+    sound = {"loss": 1.0, "val_loss": 1.0, "val_accuracy": 0.5}
+    report = fed(trial, sound, sound | {name: value})
+    assert report.diverged == f"{name} was {value} at report 2"
+    assert trial.reports == {1: 0.5}
+    assert report.model.stop_training
+    assert not report.pruned
+
+
+# Whole trainings
+
+
+def train(model, callbacks, *, validation=True, **changed):
+    return training.train(
+        model,
+        data(),
+        plan(**changed),
+        validation_data=data(30, seed=1) if validation else None,
+        callbacks=callbacks,
+    )
+
+
+def test_a_history_has_a_value_for_each_report():
+    trial = Trial()
+    history = train(network(), [Report(trial, 20)], num_reports=6)
+    assert {name: len(values) for name, values in history.items()} == {
+        "loss": 6,
+        "accuracy": 6,
+        "val_loss": 6,
+        "val_accuracy": 6,
+    }
+    assert list(trial.reports.values()) == history["val_accuracy"]
+    assert all(type(value) is float for value in history["loss"])
+
+
+def test_a_pruned_training_ends_in_good_order():
+    diary, trial = Diary(), Trial(prune_at=2)
+    report = Report(trial, 20)
+    best = keras.callbacks.EarlyStopping("val_loss", patience=99, restore_best_weights=True)
+    history = train(network(), [report, best, diary], num_reports=9)
+    assert report.pruned
+    assert list(trial.reports) == [1, 2]
+    assert (diary.ends, len(diary.epochs), len(history["loss"])) == (1, 2, 2)
+
+
+def test_a_diverged_training_ends_in_good_order():
+    diary, trial = Diary(), Trial()
+    report = Report(trial, 20)
+    train(network(learning_rate=math.inf), [report, diary], num_reports=9)
+    assert report.diverged.startswith("loss was nan at report 1")
+    assert trial.reports == {}
+    assert (diary.ends, len(diary.epochs)) == (1, 1)
+
+
+def test_two_trainings_with_the_same_seed_are_the_same():
+    first, second = (train(network(), []) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("patience", "images_per_report", "num_reports"),
+    [(1, 20, 1 + 3), (2, 20, 1 + 6), (1, 40, 1 + 2), (1, 120, 1 + 1)],
+)
+def test_patience_is_counted_in_epochs(patience, images_per_report, num_reports):
+    stopping = keras.callbacks.EarlyStopping("loss", min_delta=99.0, patience=patience)
+    history = train(network(), [stopping], images_per_report=images_per_report, num_reports=12)
+    assert len(history["loss"]) == num_reports
+
+
+def test_a_plateau_and_its_cooldown_are_counted_in_epochs():
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        "val_loss", factor=0.1, min_delta=99.0, patience=1, cooldown=2
+    )
+    diary = Diary()
+    train(network(learning_rate=1.0), [plateau, diary], num_reports=12)
+    # An epoch is three reports: the first is the best, three without a better one, then six of
+    # cooldown, of which Keras counts the last as the first without a better one.
+    changes = [at for at in range(1, 12) if diary.rates[at] < diary.rates[at - 1]]
+    assert changes[0] == 3
+    assert changes[1] - changes[0] == 8
+
+
+def test_without_validation_the_training_figures_are_watched():
+    plateau = keras.callbacks.ReduceLROnPlateau("val_loss", min_delta=99.0, patience=1)
+    stopping = keras.callbacks.EarlyStopping("val_accuracy", min_delta=99.0, patience=2)
+    diary = Diary()
+    # Keras warns of a monitor that is not there, and does nothing.
+    history = train(
+        network(learning_rate=1.0), [plateau, stopping, diary], validation=False, num_reports=12
+    )
+    assert not any(name.startswith("val_") for name in diary.epochs[0])
+    assert diary.rates[-1] < diary.rates[0]
+    assert len(history["loss"]) == 1 + 6
+
+
+def test_with_validation_the_monitor_stays():
+    stopping = keras.callbacks.EarlyStopping("val_loss", patience=2)
+    train(network(), [stopping], num_reports=1)
+    assert stopping.monitor == "val_loss"
+
+
+def test_progress_is_told_at_each_report():
+    told = []
+    the_plan = plan()
+    training.train(
+        network(),
+        data(),
+        the_plan,
+        validation_data=None,
+        callbacks=[training.Progress(lambda **figures: told.append(figures), 3, 100)],
+    )
+    assert [(figures["step"], figures["of"]) for figures in told] == [(1, 3), (2, 3), (3, 3)]
+    assert all(0 <= figures["accuracy"] <= 1 for figures in told)
+    assert all(figures["images_per_second"] > 0 for figures in told)
+
+
+@pytest.mark.fault("N1")
+@pytest.mark.parametrize("name", ["loss", "val_loss", "recall"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_winner_s_training_stops_at_a_figure_that_is_not_finite(name, value):
+    told = []
+    progress = training.Progress(lambda **figures: told.append(figures), 3, 100)
+    progress.set_model(keras.Sequential())
+    progress.model.stop_training = False
+    sound = {"loss": 1.0, "val_loss": 1.0, "recall": 0.5}
+    for epoch, logs in enumerate((sound, sound | {name: value})):
+        progress.on_epoch_end(epoch, logs)
+    assert progress.diverged == f"{name} was {value} at report 2"
+    assert progress.model.stop_training
+    assert progress.history == {key: [figure] for key, figure in sound.items()}
+    assert [figures["step"] for figures in told] == [1]
+
+
+def own_sparse_loss(y, predicted):
+    return keras.losses.sparse_categorical_crossentropy(y, predicted) * 2
+
+
+def own_one_hot_loss(y, predicted):
+    return keras.losses.categorical_crossentropy(y, predicted) * 2
+
+
+def test_labels_of_a_model_that_ends_in_one_number():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, "sigmoid")])
+    model.compile("sgd", "binary_crossentropy", metrics=["accuracy"])
+    labels = training.as_loss_wants(model, np.array([1, 0, 1], np.uint8))
+    assert labels.tolist() == [[1.0], [0.0], [1.0]]
+    x = np.zeros((3, 4))
+    assert model.evaluate(x, labels, verbose=0)[1] in (pytest.approx(1 / 3), pytest.approx(2 / 3))
+
+
+@pytest.mark.parametrize(
+    ("loss", "is_one_hot"),
+    [
+        ("sparse_categorical_crossentropy", False),
+        (keras.losses.SparseCategoricalCrossentropy(), False),
+        (keras.losses.sparse_categorical_crossentropy, False),
+        ("categorical_crossentropy", True),
+        ("CategoricalCrossentropy", True),
+        (keras.losses.CategoricalCrossentropy(label_smoothing=0.1), True),
+        (keras.losses.CategoricalCrossentropy(name="smooth"), True),
+        (keras.losses.categorical_crossentropy, True),
+        ("categorical_focal_crossentropy", True),
+        ("binary_crossentropy", True),
+        ("mse", True),
+        (own_sparse_loss, False),
+        (own_one_hot_loss, True),
+    ],
+)
+def test_labels_are_what_the_loss_takes(loss, is_one_hot):
+    model = network(loss)
+    y = np.array([2, 0, 1], np.uint8)
+    labels = training.as_loss_wants(model, y)
+    if not is_one_hot:
+        assert labels is y
+    else:
+        assert labels.dtype == np.float32
+        assert labels.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
+    model.evaluate(data(3)[0], labels, verbose=0)
+
+
+def test_accuracy_is_the_fraction_that_is_right():
+    x, y = data(700)  # more than one batch, and the last not full
+    model = network()
+    right = np.argmax(model.predict(x, verbose=0), axis=1) == y
+    assert training.accuracy(model, (x, y)) == pytest.approx(right.mean(), abs=1e-6)

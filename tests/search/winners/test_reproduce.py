@@ -1,0 +1,102 @@
+"""What is a config that can be trained again; training one is part of test_journey.py."""
+
+import copy
+
+import pytest
+import yaml
+
+from search.errors import SearchError
+from search.winners.inference import read_metrics
+from search.winners.reproduce import read_config
+
+CONFIG = {
+    "study": "quickstart",
+    "study_file": None,
+    "trial": 3,
+    "params": {"units": 3},
+    "training": {
+        "epochs": 3.98,
+        "schedule_epochs": 4,
+        "share": 1.0,
+        "seeds": [5, 6],
+        "precision": "float32",
+        "images_per_report": 100,
+        "batch_size": 32,
+        "study_seed": 0,
+    },
+    "dataset": {"name": "digits", "reference": "digits", "sha256": "0" * 64},
+    "validation": {"accuracy": 0.9},
+    "test": {"mean": {"accuracy": 0.9}, "std": {"accuracy": 0.01}},
+}
+
+
+def write(folder, config):
+    path = folder / "config.yaml"
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    return path
+
+
+def test_an_exported_config_is_read_whole(tmp_path):
+    assert read_config(write(tmp_path, CONFIG)) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("study",), None),
+        (("trial",), "three"),
+        (("trial",), True),
+        (("params",), [1]),
+        (("training", "seeds"), 5),
+        (("training", "share"), None),
+        (("dataset", "sha256"), 7),
+        (("test", "mean"), None),
+        (("test",), "good"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(tmp_path, place, value):
+    config = copy.deepcopy(CONFIG)
+    *outer, last = place
+    inner = config
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    name = "test.mean" if place == ("test",) else ".".join(place)
+    with pytest.raises(SearchError, match=f"is no exported config: {name} is missing or of an"):
+        read_config(write(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("a: [", "is no YAML file"),
+        ("just words", "is no exported config: study"),
+        ("", "is no exported config: study"),
+        # Code in YAML is refused, not run.
+        ("!!python/object/apply:os.system ['touch harm']", "is no YAML file"),
+    ],
+)
+def test_another_file_is_refused(tmp_path, monkeypatch, text, rule):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SearchError, match=rule):
+        read_config(write(tmp_path, text))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_missing_file_says_where_configs_are(tmp_path):
+    with pytest.raises(SearchError, match=r"can't be read: No such file.*configs/best.yaml"):
+        read_config(tmp_path / "none.yaml")
+
+
+def test_a_config_without_seeds_is_refused(tmp_path):
+    config = CONFIG | {"training": CONFIG["training"] | {"seeds": []}}
+    with pytest.raises(SearchError, match=r"training\.seeds is empty"):
+        read_config(write(tmp_path, config))
+
+
+def test_a_run_without_metrics_says_what_to_do_first(tmp_path):
+    with pytest.raises(SearchError, match=r"has no tested model yet.*Search and retrain first"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(SearchError, match=r"metrics.json can't be read"):
+        read_metrics(tmp_path)
