@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search import artifacts, catalogue, journey, results
-from search.data import datasets
+from search.data import datasets, weights
 from search.errors import EXIT_USAGE, SearchError
 from search.storage import storage
 from search.view.progress import View
@@ -147,8 +147,9 @@ def _written(study: Study, folder: Path) -> Path:
             fields[name] = str(Path(fields[name]).expanduser().absolute())
         elif name in fields:
             roots.append(str(Path.cwd()))
-    if "dataset" in fields:
-        fields["dataset"] = datasets.resolve(fields["dataset"], Path.cwd())
+    for name, resolved in (("dataset", datasets.resolve), ("weights", weights.resolve)):
+        if fields.get(name):
+            fields[name] = resolved(fields[name], Path.cwd())
     lines = [f'"""Study {study.name}, as it was given to search.run."""', ""]
     if roots:
         lines += ["import sys", "", f"sys.path += {roots!r}", ""]

@@ -232,6 +232,7 @@ class Coordinator:
         """Store a report; whether the worker is to stop."""
         if trial.told:
             return True
+        slot.status.setdefault("before", message["step"] - 1)  # reports of earlier attempts
         slot.status |= {
             "note": "",
             "step": message["step"],
@@ -265,7 +266,7 @@ class Coordinator:
             "trial %d %s %s after %d report%s, %.0f s; %d of %d finished",
             trial.number,
             state,
-            f"({ending['reason']})" if value is None else f"{value:.4f}",
+            f"({ending['reason']})" if value is None else results.decimal(value),
             ending["step"],
             "" if ending["step"] == 1 else "s",
             ending["seconds"],

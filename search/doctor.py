@@ -98,7 +98,7 @@ def _devices() -> Iterator[Finding]:
     for name in gpu_names():
         yield Finding("GPU", OK, name)
     memory = psutil.virtual_memory()
-    limit = min(memory.total, _container_memory() or memory.total)
+    limit = devices.memory()
     free, needed = min(memory.available, limit), WORKER_BYTES * len(devices.share_out("auto"))
     what = f"{_gib(free)} GiB free of {_gib(limit)}"
     if free >= needed:
@@ -310,13 +310,6 @@ def _file_system(folder: Path) -> str:
         if folder.resolve().is_relative_to(part.mountpoint)
     ]
     return max(mounts, default=(0, "unknown"))[1]
-
-
-def _container_memory() -> int | None:
-    try:
-        return int(Path("/sys/fs/cgroup/memory.max").read_text())
-    except (OSError, ValueError):  # no container, or "max"
-        return None
 
 
 def _gib(number: float) -> str:

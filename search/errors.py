@@ -5,7 +5,6 @@ raise SearchError("epochs is a number above 0. Received: epochs=-1. Fix: --epoch
 
 from __future__ import annotations
 
-EXIT_DONE = 0
 EXIT_USER_ERROR = 1  # one line explains it
 EXIT_USAGE = 2  # a wrong argument, or another process holds the study
 EXIT_STORAGE_LOST = 3

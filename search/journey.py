@@ -26,7 +26,13 @@ from search import artifacts, catalogue, folders, results
 from search.coordinator import Coordinator
 from search.data import datasets, weights
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
-from search.settings import Settings, refuse_another_space, refuse_differences, resolve
+from search.settings import (
+    Settings,
+    refuse_another_space,
+    refuse_differences,
+    refuse_other_points,
+    resolve,
+)
 from search.storage import storage
 from search.view import notes
 from search.view.progress import View
@@ -199,6 +205,8 @@ class _Journey:
             for name, sha256 in stored.items()
         ):
             return None
+        if settings.precision not in ("auto", run["precision"]):
+            return None
         retraining = self._retraining(settings)
         measured = self._study.user_attrs.get("measured")
         if not retraining.is_done() or measured != self._measured(retraining.jobs):
@@ -220,7 +228,7 @@ class _Journey:
         pool.prepare(dataclasses.asdict(settings))
         ready = pool.wait_for_space()
         if run := self._run():
-            self._refuse_another(run, ready["space"], dataset, pretrained)
+            self._refuse_another(run, ready, dataset, pretrained)
         self._study = self._database.open(self._entry.name, wait=pool.wait)
         self._study.set_user_attr(
             "run",
@@ -232,7 +240,9 @@ class _Journey:
                 **{name: ready[name] for name in _MEASURED},
                 "dataset": dataset,
                 "weights": pretrained,
+                "file": None if catalogue.is_installed(self._entry.file) else str(self._entry.file),
                 "file_sha256": artifacts.sha256(self._entry.file),
+                "told": self._told(settings, ready["precision"]),
             },
         )
         notes.name_metric(self._study)
@@ -272,15 +282,26 @@ class _Journey:
                 )
         return settings
 
+    def _told(self, settings: Settings, precision: str | None) -> dict[str, Any]:
+        """What may change from one call to the next. One that has nothing left to search keeps what
+        the search was told: its trials are those of another sampler, pruner and precision."""
+        told: dict[str, Any] = {"final_epochs": settings.final_epochs}
+        if self._num_finished() < settings.trials:
+            told |= {name: getattr(settings, name) for name in ("trials", "sampler", "pruner")}
+            told["precision"] = precision
+        return (self._run() or {}).get("told", {}) | told
+
     def _refuse_another(
         self,
         run: dict[str, Any],
-        space: list[Any],
+        ready: dict[str, Any],
         dataset: dict[str, Any] | None,
         pretrained: dict[str, Any] | None,
     ) -> None:
         names = self._entry.name, str(self._folder)
-        refuse_another_space(run["space"], space, *names)
+        refuse_another_space(run["space"], ready["space"], *names)
+        may_grow = run["fixed"]["kind"] != "comparison"
+        refuse_other_points(run["known_points"], ready["known_points"], *names, may_grow=may_grow)
         if dataset:
             refuse_differences(
                 {"data": run["dataset"]["sha256"]}, {"data": dataset["sha256"]}, *names

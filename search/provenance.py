@@ -13,6 +13,8 @@ from search.workers import devices
 
 _PACKAGES = (
     "fmnist-search",
+    "jax",
+    "jaxlib",
     "keras",
     "keras-tuner",
     "numpy",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import optuna
@@ -10,6 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 
+# Parts of the data as published figures name them -> as winners do.
+PARTS = {"train": "train", "val": "validation", "test": "test"}
 _SHOWN_ELSEWHERE = ("known_point", "seconds")
 
 
@@ -21,7 +23,7 @@ class Row(NamedTuple):
     value: float | None  # validation accuracy, fraction; of complete trials only
     last_value: float | None  # of the last report
     reports: int
-    seconds: float | None  # of the attempt that finished it
+    seconds: float | None  # in which it ran, all attempts together
     attempts: int
     reason: str  # why it was pruned or failed
     params: dict[str, Any]
@@ -127,16 +129,15 @@ def saved_share(study: optuna.Study) -> float:
     num_reports = run["num_reports"]
     if run.get("fixed", {}).get("kind") == "comparison":
         return 0.0
-    counted = [
-        trial.last_step or 0
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state == TrialState.COMPLETE
-        or (
-            trial.state == TrialState.PRUNED
-            and trial.user_attrs.get("reason", "").startswith("pruned:")
-        )
-    ]
-    return 1.0 - sum(counted) / (num_reports * len(counted)) if counted and num_reports else 0.0
+    trained = saved = 0
+    for trial in study.get_trials(deepcopy=False):
+        reports = trial.last_step or 0
+        if trial.user_attrs.get("reason", "").startswith("pruned:"):
+            trained += reports
+            saved += max(0, num_reports - reports)
+        elif trial.state == TrialState.COMPLETE:  # if it stopped itself, nobody saved that
+            trained += reports
+    return saved / (trained + saved) if saved else 0.0
 
 
 def search_seconds(study: optuna.Study) -> float:
@@ -154,11 +155,30 @@ def search_seconds(study: optuna.Study) -> float:
     return total
 
 
+def published(winner: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Each figure that was published of a point, beside ours: its name, the published one, ours
+    with its spread, and the difference. One that is not measured here has none."""
+    for figure, there in winner["published"].items():
+        short_name, _, what = figure.partition("_")
+        part, num_seeds = winner[PARTS[short_name]], len(winner["seeds"])
+        here = part["mean"].get(what)
+        name = f"{PARTS[short_name]} {what}"
+        if here is None:
+            yield name, f"{there:.4f}", "not measured", ""
+        else:
+            yield name, f"{there:.4f}", spread(part, what, num_seeds), f"{here - there:+.4f}"
+
+
 def point_name(params: Mapping[str, Any]) -> str:
     """A point of one hyperparameter is named by its value."""
     if len(params) == 1:
         return str(*params.values())
     return ", ".join(f"{name}={short(value)}" for name, value in params.items())
+
+
+def decimal(value: float) -> str:
+    """A trial's value as it is read: four decimals, or four digits where they say nothing."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
 
 
 def short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,30 @@ def refuse_another_space(
             "Put the space back as it was, or take another --out",
             exit_code=EXIT_USAGE,
         )
+
+
+def refuse_other_points(
+    stored: list[dict[str, Any]],
+    now: list[dict[str, Any]],
+    study: str,
+    out: str,
+    *,
+    may_grow: bool,
+) -> None:
+    """The same for the known points, whose figures are stored by their place among them. A search
+    tries those that have been added at the end; in a comparison all have been stored together."""
+    points = itertools.zip_longest(stored, now)
+    differing = next((at for at, (before, after) in enumerate(points) if before != after), None)
+    if differing is None or (may_grow and differing == len(stored)):
+        return
+    before, after = (
+        repr(points[differing]) if differing < len(points) else "none" for points in (stored, now)
+    )
+    raise SearchError(
+        f"{out} holds a study {study!r} with other known_points: number {differing} was {before} "
+        f"and is now {after}. Put them back as they were, or take another --out",
+        exit_code=EXIT_USAGE,
+    )
 
 
 def _by_name(space: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

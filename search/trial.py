@@ -211,7 +211,7 @@ class UnfinishedTrial:
             "step": self.last_step,
             "report": report,
             "speed": self._speed,
-            "seconds": round(time.monotonic() - self._began, 3),
+            "seconds": round(self._seconds(), 3),
             "time": self._now(),
         }
         self._set("ending", ending)
@@ -237,6 +237,11 @@ class UnfinishedTrial:
         self._study.sampler = sampling.sampler("random", 0)
         self._study.tell(self.number, ending["value"], state=state)
         self.told = True
+
+    def _seconds(self) -> float:
+        """In which it ran: its reports, too, are those of all attempts."""
+        earlier = sum(attempt["end"] - attempt["start"] for attempt in self._attempts[:-1])
+        return earlier + time.monotonic() - self._began
 
     def _now(self) -> float:
         """The clock as it was when the attempt began, and the time since: it may have been set."""

@@ -95,6 +95,13 @@ class Study:
                 "published has an entry for each of the known_points. "
                 f"Received: {len(self.published)} for {len(self.known_points)}"
             )
+        for name in {name for figures in self.published for name in figures}:
+            part, _, figure = name.partition("_")
+            if part not in ("train", "val", "test") or not figure:
+                raise ValueError(
+                    "published names a part's figure, such as train_loss, val_accuracy, test_f1. "
+                    f"Received: {name!r}"
+                )
         if self.reduction_factor < 2:
             raise ValueError(f"reduction_factor is at least 2. Received: {self.reduction_factor!r}")
         for field in ("epochs", "final_epochs"):

@@ -151,6 +151,8 @@ def export(
     from search import results
     from search.winners import export
 
+    if top and trial is not None:
+        raise click.UsageError("--top and --trial exclude each other")
     if format_ == "python" and (top or 1) > 1:
         raise click.UsageError("a script holds one model: --trial N instead of --top")
     opened, _ = runs.opened(study, out, storage)
@@ -162,7 +164,7 @@ def export(
         stored = runs.stored_options(study, out, storage)
         click.echo(export.script(opened, chosen[0], file, stored), nl=False)
         return
-    click.echo(export.leaderboard(chosen, format_), nl=False)
+    click.echo(export.leaderboard(opened, chosen, format_), nl=False)
 
 
 @click.command(context_settings=options.CONTEXT)

@@ -104,7 +104,8 @@ cluster = _options(
 running = _options(
     working,
     cluster,
-    click.option("--precision", type=click.Choice(PRECISIONS), default="auto"),
+    click.option("--precision", type=click.Choice(PRECISIONS),
+                 help="[default: auto; to retrain, the search's]"),
     click.option("--top", type=click.IntRange(1, 1000), help="Winners to retrain.  [default: 1]"),
     click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True,
                  help="Trainings of each winner."),

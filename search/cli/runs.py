@@ -83,4 +83,5 @@ def stored_options(study: str, out: Path | None, url: str | None) -> dict[str, A
         return {}
     options = {name: value for name, value in run["fixed"].items() if name != "kind"}
     references = {name: run.get(name) for name in ("dataset", "weights")}
-    return options | {name: known["reference"] for name, known in references.items() if known}
+    options |= {name: known["reference"] for name, known in references.items() if known}
+    return options | {"precision": run.get("told", {}).get("precision")}

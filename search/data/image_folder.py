@@ -111,7 +111,8 @@ def load(folder: Path, part: str) -> Arrays:
     """The "train" or "test" part of the prepared copy; opens no file of the other.
 
     Returns:
-        x (n, height, width, channels) uint8, mapped and read-only, and y (n,).
+        x (n, height, width, channels) uint8, mapped; what is written there stays in this process,
+        and y (n,).
 
     Raises:
         SearchError: if the images are not those that were prepared, or the copy is damaged.
@@ -123,7 +124,8 @@ def load(folder: Path, part: str) -> Arrays:
             f"{copy} is gone. Fix: leave both alone while a run goes, and begin it again"
         )
     try:
-        x = np.load(copy / f"x_{part}.npy", mmap_mode="r")
+        # Not "r": TensorFlow shares memory that may be written, and copies what may not.
+        x = np.load(copy / f"x_{part}.npy", mmap_mode="c")
         return x.view(np.ndarray), np.load(copy / f"y_{part}.npy")
     except (OSError, ValueError, EOFError) as error:
         raise SearchError(
@@ -161,7 +163,7 @@ def read_image(path: Path, input_shape: Sequence[int], invert: bool = False) -> 
 
 def _list(folder: Path) -> _Files:
     try:
-        has_train = bool(_folders(folder / "train"))
+        has_train = (folder / "train").is_dir()
         train = _images_by_class(folder / "train" if has_train else folder)
         if has_train and (folder / "test").is_dir():
             test = _images_by_class(folder / "test")

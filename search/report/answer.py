@@ -21,7 +21,6 @@ _WHY_NO_METRICS = {
     "comparison": "Not all points have been trained yet: the test set is measured after that. What "
     "is shown was there when this page was written.",
 }
-_PARTS = {"train": "train", "val": "validation", "test": "test"}
 
 
 def parts(run: Run) -> list[Html]:
@@ -159,17 +158,13 @@ def _compared(run: Run) -> list[Html]:
     published = []
     for winner in run.winners:
         name = name_of(winner, run)
-        here = {part: winner[part] for part in _PARTS.values()}
         num_seeds = len(winner["seeds"])
-        accuracies = (spread(here[part], "accuracy", num_seeds) for part in _PARTS.values())
+        accuracies = (
+            spread(winner[part], "accuracy", num_seeds) for part in results.PARTS.values()
+        )
         rows.append((name, *accuracies, num_seeds, f"{winner['epochs']:.1f}",
                      f"{winner['parameters']:,}"))  # fmt: skip
-        for figure, there in winner["published"].items():
-            short, _, what = figure.partition("_")
-            ours = here[_PARTS[short]]
-            difference = ours["mean"][what] - there
-            published.append((name, f"{_PARTS[short]} {what}", f"{there:.4f}",
-                              spread(ours, what, num_seeds), f"{difference:+.4f}"))  # fmt: skip
+        published += [(name, *row) for row in results.published(winner)]
     made = [
         page.heading("All points", "Accuracy, mean ± standard deviation over the seeds."),
         page.table(("", "train", "validation", "test", "seeds", "epochs", "parameters"), rows),

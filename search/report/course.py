@@ -157,7 +157,7 @@ def curves(run: Run) -> list[Curve]:
     made = []
     for trial in ranked:
         steps = sorted(trial.intermediate_values)
-        values = [round(trial.intermediate_values[step], 5) for step in steps]
+        values = [float(f"{trial.intermediate_values[step]:.5g}") for step in steps]
         made.append(Curve(trial, [round(step * per_report, 3) for step in steps], values))
     return made
 

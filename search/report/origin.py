@@ -13,9 +13,6 @@ from search.report.page import Html, label
 from search.report.source import Run
 from search.winners import export
 
-# Options of a run that its study keeps -> their names on the command line.
-_FIXED = {"epochs": "--epochs", "seed": "--seed"}
-
 
 def data_parts(run: Run) -> list[Html]:
     dataset = run.dataset
@@ -101,21 +98,27 @@ def again_parts(run: Run) -> list[Html]:
 def command(run: Run) -> str:
     """The command line that does the run again, with what it began with."""
     started = run.started
-    fixed = started["fixed"]
-    file = run.metrics["study_file"] if run.metrics else None
-    words = ["fmnist-search", "--study", file or run.name]
+    fixed, described = started["fixed"], started.get("described", {})
+    # Runs begun by an earlier version were told nothing that is stored, but for their metrics.
+    metrics = run.metrics or {"study_file": None, "training": {}}
+    told = metrics["training"] | started.get("told", {})
+    words = ["fmnist-search", "--study", started.get("file") or metrics["study_file"] or run.name]
     words += ["--epochs", f"{fixed['epochs']:g}", "--seed", str(fixed["seed"])]
-    described = started.get("described", {})
-    if run.dataset and run.dataset["reference"] != described.get("dataset"):
-        words += ["--dataset", run.dataset["reference"]]
+    for name in ("dataset", "weights"):
+        known = started.get(name)
+        if known and known["reference"] != described.get(name):
+            words += [f"--{name}", known["reference"]]
     if not run.is_comparison:
-        words += ["--trials", str(max(len(run.finished), described.get("trials", 0)))]
+        words += ["--trials", str(told.get("trials", len(run.finished)))]
+    for name in ("precision", *(() if run.is_comparison else ("sampler", "pruner"))):
+        if told.get(name):
+            words += [f"--{name}", told[name]]
+    if run.metrics and not run.is_comparison:
+        words += ["--top", str(len(run.winners))]
+        final_epochs = told.get("final_epochs")
+        if final_epochs not in (None, described.get("final_epochs")):
+            words += ["--final-epochs", f"{final_epochs:g}"]
     if run.metrics:
-        how = run.metrics["training"]
-        words += ["--precision", how["precision"]]
-        if not run.is_comparison:
-            words += ["--sampler", how["sampler"], "--pruner", how["pruner"]]
-            words += ["--top", str(len(run.winners))]
         words += ["--seeds", str(max(len(winner["seeds"]) for winner in run.winners))]
     return shlex.join(words)
 

@@ -52,6 +52,8 @@ _TIMES: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,  # milliseconds
 }
+# The server's side: its end of a machine that is gone holds the study's lock for as long.
+_NOTICED = "".join(f" -c tcp_{name}={_TIMES[name]}" for name in _TIMES if "keepalives_" in name)
 _LET_GO = 1.0  # seconds that a killed holder's connection may take to vanish
 _DRIVER = "postgresql+psycopg://"
 _TABLES = 0x666D6E697374  # the lock under which tables are made
@@ -163,7 +165,7 @@ class Postgres(Database):
             **self._parameters,
             **_TIMES,
             application_name=self._ours,
-            options=f"-c timezone=UTC{read_only}",
+            options=f"-c timezone=UTC{_NOTICED}{read_only}",
         )
 
     def _connect_locked(self, study_name: str) -> psycopg.Connection:

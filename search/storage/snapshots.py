@@ -7,6 +7,7 @@ restored = restore(Path("runs/cnn/study.db"))  # fmnist-search repair
 
 from __future__ import annotations
 
+import calendar
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ logger = logging.getLogger("search")
 KEPT = 3
 EVERY = 300.0  # seconds
 _FOLDER = "snapshots"
+_STAMP = "%Y%m%d-%H%M%S"
 
 
 class Restored(NamedTuple):
@@ -51,23 +53,34 @@ class Snapshots:
             self.take()
 
     def take(self) -> None:
-        """By SQLite's own backup, which a writer does not disturb. A failure is a warning: the
-        search goes on without."""
+        """By SQLite's own backup, which a writer does not disturb, looked at before it takes the
+        place of an older one: the writer reads from memory, and would not see a damaged page. A
+        failure is a warning: the search goes on without."""
         self._taken = time.monotonic()
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        path = _folder(self._database) / f"{self._database.stem}-{stamp}.db"
+        path = _folder(self._database) / f"{self._database.stem}-{self._stamp()}.db"
+        existing = f"{self._database.absolute().as_uri()}?mode=rw"  # it may have been deleted
         try:
-            with (
-                artifacts.write_atomically(path) as beside,
-                closing(sqlite3.connect(self._database)) as source,
-                closing(sqlite3.connect(beside)) as target,
-            ):
-                source.backup(target)
-                target.execute("PRAGMA journal_mode=delete")
+            with artifacts.write_atomically(path) as beside:
+                with (
+                    closing(sqlite3.connect(existing, uri=True)) as source,
+                    closing(sqlite3.connect(beside)) as target,
+                ):
+                    source.backup(target)
+                    target.execute("PRAGMA journal_mode=delete")
+                if problem := problem_of(beside):
+                    raise SearchError(f"{self._database} is damaged: {problem}")
             for old in _snapshots(self._database)[KEPT:]:
                 old.unlink(missing_ok=True)
         except (SearchError, sqlite3.Error) as error:
             logger.warning("no snapshot of the study: %s", error)
+
+    def _stamp(self) -> str:
+        """The clock's, but later than all there are: it may have been set back."""
+        now = time.strftime(_STAMP, time.gmtime())
+        for newest in _snapshots(self._database)[:1]:
+            last = calendar.timegm(time.strptime(newest.stem[-15:], _STAMP))
+            now = max(now, time.strftime(_STAMP, time.gmtime(last + 1)))
+        return now
 
 
 def restore(database: Path) -> Restored:
@@ -87,7 +100,7 @@ def restore(database: Path) -> Restored:
             continue
         aside = None
         if database.exists():
-            stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+            stamp = time.strftime(_STAMP, time.gmtime())
             aside = database.with_name(f"{database.name}.damaged-{stamp}")
             os.replace(database, aside)
         for rest in ("-wal", "-shm"):  # they belong to the damaged one

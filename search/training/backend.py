@@ -32,6 +32,22 @@ class Rows:
         return len(self.positions)
 
 
+def shareable(array: np.ndarray) -> np.ndarray:
+    """The array where TensorFlow can read its memory, or one copy where it can: otherwise each
+    feed (training, validation) would have a copy of its own."""
+    if _is_shareable(array):
+        return array
+    buffer = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _is_shareable(array: np.ndarray) -> bool:
+    return bool(array.flags.writeable and not array.ctypes.data % _ALIGNMENT)
+
+
 def as_rows(x: Rows | np.ndarray) -> Rows:
     return x if isinstance(x, Rows) else Rows(x, np.arange(len(x)))
 
@@ -105,7 +121,7 @@ def release() -> int:
 def _gathered(rows: Rows, y: np.ndarray, batches: Any, *, prefetch: int) -> Any:
     import tensorflow as tf
 
-    if rows.array.ctypes.data % _ALIGNMENT or not rows.array.flags.writeable:
+    if not _is_shareable(rows.array):
         array = tf.constant(rows.array)  # shared, TensorFlow would abort the process
     else:
         # Shares the memory, mapped or not, where a constant would be a copy in each worker.

@@ -29,7 +29,8 @@ logger = logging.getLogger("search")
 SHARE = 0.02  # of the time that may go into writing
 _BYTES_PER_SECOND = 200e6  # written, on a slow disk
 _META = "meta"
-_NOT_STATE = ("model", "_model", "params")  # of a callback: Keras sets them anew
+# Of a callback: Keras sets them anew. It turns the sign of min_delta where less is better.
+_NOT_STATE = ("model", "_model", "params", "min_delta")
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 

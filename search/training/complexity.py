@@ -45,13 +45,17 @@ def parameters(model: keras.Model) -> int:
 
 def training_bytes(model: keras.Model, batch_size: int) -> int:
     """About what one training step holds: weights, their gradients and two moments, and each
-    tensor of the graph with its gradient, as float32. A lower bound for a model without a graph."""
+    tensor of the graph that has a gradient, with it, as float32. A lower bound for a model without
+    a graph, and for one with frozen layers: their tensors are not kept."""
     trained = sum(math.prod(variable.shape) for variable in model.trainable_variables)
-    tensors_ = 0
-    if _has_graph(model):
-        shapes = [t.shape for call in calls(model) for t in keras.tree.flatten(call.outputs)]
-        tensors_ = sum(math.prod(size or 1 for size in shape[1:]) for shape in shapes)
-    return 4 * (parameters(model) + 3 * trained + 2 * batch_size * tensors_)
+    numbers, differentiated = 0, set()
+    for call in calls(model) if _has_graph(model) else ():
+        is_trained = bool(getattr(call.operation, "trainable_variables", ()))
+        if is_trained or any(id(tensor) in differentiated for tensor in tensors(call)):
+            outputs = keras.tree.flatten(call.outputs)
+            differentiated |= {id(tensor) for tensor in outputs}
+            numbers += sum(math.prod(size or 1 for size in t.shape[1:]) for t in outputs)
+    return 4 * (parameters(model) + 3 * trained + 2 * batch_size * numbers)
 
 
 def flops(model: keras.Model) -> int:

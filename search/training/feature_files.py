@@ -104,7 +104,7 @@ def _computed(work: Work, positions: np.ndarray, dtype: str) -> np.ndarray | Non
 def make_sample(work: Work) -> None:
     """Activations of the sample in float32, unless an earlier attempt has left them."""
     path = work.partial / "sample.npy"
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, EOFError):
         if _is_current(path, work):
             return
     (work.partial / "meta.json").unlink(missing_ok=True)  # its chunks would not be current either
@@ -158,7 +158,7 @@ def opened(path: Path, work: Work, dtype: str) -> np.ndarray | None:
                 return None
             verified.add(identity)
         return array if _is_current(path / "sample.npy", work) else None
-    except (OSError, ValueError, KeyError, TypeError, SearchError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError, SearchError):
         return None
 
 
@@ -183,7 +183,7 @@ def _intact_chunks(path: Path, meta: dict[str, Any]) -> list[str]:
     """Hashes of the chunks, from the first on, that are on disk as they were written."""
     try:
         array = np.load(path / "features.npy", mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return []
     chunks, rows = meta.get("chunks", []), meta["rows"]
     blocks = [array[at * rows : (at + 1) * rows] for at in range(len(chunks))]
@@ -196,7 +196,7 @@ def _intact_chunks(path: Path, meta: dict[str, Any]) -> list[str]:
 def meta_of(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads((path / "meta.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return {}
     return meta if isinstance(meta, dict) else {}
 

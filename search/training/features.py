@@ -23,11 +23,13 @@ import keras
 import numpy as np
 
 from search.training import quick_conv2d
+from search.training.complexity import flops
 from search.training.model_graph import arguments, calls, tensors
 
 LOGITS_DIFFER = 1e-2  # at most, between float16 and float32 activations
 CLASSES_AGREE = 0.999  # of the images, at least
 _BATCH = 256
+_WORTH = 0.05  # of the operations of the whole model, at inference
 _TRIED_IMAGES = 4  # on which the prefix must be constant, and both parts together the model
 
 
@@ -52,14 +54,14 @@ def cut(model: keras.Model, images: np.ndarray | None = None) -> Cut | None:
             none.
 
     Returns:
-        None where no weights come before the first layer that is trained or random, where more
-        than one tensor crosses there, or where nothing is trained at all.
+        None where next to no work comes before the first layer that is trained or random, where
+        more than one tensor crosses there, or where nothing is trained at all.
     """
     if not (_is_graph(model) and model.compiled and model.trainable_variables):
         return None
     tried = _some_images(model) if images is None else np.array(images[:_TRIED_IMAGES])
     for prefix, rest in _splits(model):
-        if prefix.weights and _is_sound(model, prefix, rest, tried):
+        if _is_worth_it(model, prefix) and _is_sound(model, prefix, rest, tried):
             config = model._compile_config.config  # as given: get_compile_config holds copies
             rest.compile(**(config | {"optimizer": model.optimizer, "auto_scale_loss": False}))
             return Cut(prefix, rest)
@@ -118,6 +120,11 @@ def largest(model: keras.Model) -> int:
         if _is_graph(call.operation):
             sizes.append(largest(call.operation))
     return max(sizes)
+
+
+def _is_worth_it(model: keras.Model, prefix: keras.Model) -> bool:
+    """Whether its activations spare more than reading and storing them costs: scaling does not."""
+    return bool(prefix.weights) and flops(prefix) >= _WORTH * flops(model)
 
 
 def _logits(outputs: np.ndarray) -> np.ndarray:

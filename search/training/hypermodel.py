@@ -9,6 +9,7 @@ what can't work is refused at the first build, before the first trial.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
@@ -77,8 +78,10 @@ class Space:
         return model
 
     def callbacks(self, hp: keras_tuner.HyperParameters) -> list[keras.callbacks.Callback]:
-        """Those that the space brings: a method `callbacks(hp)`, patience in epochs."""
-        return self._space.callbacks(hp) if hasattr(self._space, "callbacks") else []
+        """Those that the space brings: a method `callbacks(hp)`, patience in epochs. They are
+        changed to count reports, so that they are copies of what it may keep."""
+        own = self._space.callbacks(hp) if hasattr(self._space, "callbacks") else []
+        return [copy.copy(callback) for callback in own]
 
     def epochs(self, hp: keras_tuner.HyperParameters) -> float:
         """Passes over the training part that suit a point: a method `epochs(hp)`, which only
@@ -215,13 +218,13 @@ def value_of_fit(returned: Any, reported: Sequence[float]) -> float | None:
 def _measure_accuracy(model: keras.Model) -> None:
     """Compile again with accuracy beside the metrics that are there."""
     own = getattr(model._compile_metrics, "_user_metrics", None) or []
-    model.compile(
-        optimizer=model.optimizer,
-        loss=model.loss,
-        metrics=[*own, ACCURACY] if isinstance(own, list) else [ACCURACY],
-        run_eagerly=model.run_eagerly,
-        jit_compile=model.jit_compile,
-    )
+    accuracy: Any = ACCURACY
+    if model.output_shape[-1] == 1 and getattr(keras.losses.get(model.loss), "from_logits", False):
+        accuracy = keras.metrics.BinaryAccuracy(ACCURACY, threshold=0.0)
+    config = model._compile_config.config  # as given: get_compile_config holds copies
+    metrics = [*own, accuracy] if isinstance(own, list) else [accuracy]
+    given = {"optimizer": model.optimizer, "metrics": metrics, "auto_scale_loss": False}
+    model.compile(**(config | given))
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

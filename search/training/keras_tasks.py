@@ -30,7 +30,7 @@ class KerasTasks(Objective):
                 as long as suits the point, and watch the validation part), path of the model, and
                 perhaps checkpoint, a file.
         """
-        keras.utils.set_random_seed(message["seed"])
+        self._begin(message["seed"])
         validated = message["validated"]
         chosen = self._data.at.train if validated else self._data.everywhere
         hp = ReplayedHyperParameters(message["params"])
@@ -81,6 +81,7 @@ class KerasTasks(Objective):
             "outcome": "complete",
             "sha256": artifacts.sha256(path),
             "history": progress.history,
+            "seconds": progress.seconds,
             "parameters": model.count_params(),
             "epochs": trained,
             "flops": complexity.flops(model),
@@ -142,6 +143,7 @@ class KerasTasks(Objective):
         data, num_images = message["data"], message["num_images"]
         images = Images(data["name"], tuple(data["input_shape"]), data["num_classes"])
         hp = ReplayedHyperParameters(message["params"])
+        self._begin(message["seed"])
         space = self._space(round(message["epochs"] * num_images), images)
         model = space.build(hp)
         own_fit = trains_itself(self._study.space)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import keras
-import psutil
 
 from search.training import backend, complexity
+from search.workers import devices
 from studies.study import Study
 
 
@@ -18,7 +18,7 @@ def excess(model: keras.Model, batch_size: int, study: Study) -> str:
     for name, amount, limit in limits:
         if limit is not None and amount > limit:
             return f"{amount:,} {name}, above max_{name}={limit:,}"
-    needed, memory = complexity.training_bytes(model, batch_size), psutil.virtual_memory().total
+    needed, memory = complexity.training_bytes(model, batch_size), devices.memory()
     if not backend.visible_gpus() and needed > memory:
         return (
             f"a step of {batch_size} images needs about {needed / 1e9:.1f} GB, above this "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import traceback
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,12 @@ class Objective:
         self._settings = settings
         self.precision = backend.use_precision(settings["precision"])
 
+    def _begin(self, seed: int) -> None:
+        """Set what a task's model depends on beside its point: freeing the memory of the last one
+        makes Keras forget its precision, and a space may have set another."""
+        backend.use_precision(self.precision)
+        keras.utils.set_random_seed(seed)
+
     @cached_property
     def _data(self) -> TrainingData:
         folder = Path(self._settings["folder"]) / folders.FEATURES
@@ -81,7 +86,7 @@ class Objective:
 
     def trial(self, trial: RemoteTrial, message: Message) -> Message:
         """Train one point, report as it goes, and return its value on all validation images."""
-        keras.utils.set_random_seed(message["seed"])
+        self._begin(message["seed"])
         space = self._space(self._search_images)
         hp = TrialHyperParameters(trial)
         try:
@@ -116,9 +121,7 @@ class Objective:
                 message["seed"],
             )
             checkpoints = self._checkpoints(message, hp, plan)
-            if checkpoints and checkpoints.reports:
-                trial.resume(checkpoints.reports)
-            value = self._fit(space, hp, model, plan, report, trial.progress, checkpoints)
+            value = self._fit(space, hp, model, plan, report, trial, checkpoints)
         if report.diverged:
             return {"outcome": "diverged", "reason": report.diverged}
         if report.pruned:
@@ -136,7 +139,7 @@ class Objective:
         model: keras.Model,
         plan: training.Plan,
         report: training.Report,
-        tell: Callable[..., None],
+        trial: RemoteTrial,
         checkpoints: Checkpoints | None,
     ) -> float | None:
         """Train as the product does; the model is left with its best weights. Their accuracy on
@@ -144,7 +147,7 @@ class Objective:
         best_weights = keras.callbacks.EarlyStopping(
             training.MONITOR, mode="max", patience=plan.num_reports, restore_best_weights=True
         )
-        with self._data.feeding(model, lambda note: tell(note=note)) as (part, inputs):
+        with self._data.feeding(model, lambda note: trial.progress(note=note)) as (part, inputs):
             training.train(
                 part,
                 self._data.rows(inputs, self._data.at.train),
@@ -152,6 +155,7 @@ class Objective:
                 validation_data=self._data.rows(inputs, self._data.at.monitor),
                 callbacks=[*space.callbacks(hp), best_weights, report],
                 checkpoints=checkpoints,
+                on_resume=trial.resume,
             )
             if report.diverged or report.pruned:
                 return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +35,11 @@ class Plan:
 
     @property
     def steps_per_report(self) -> int:
-        return max(1, self.images_per_report // self.batch_size)
+        return max(1, round(self.images_per_report / self.batch_size))
 
     @property
     def reports_per_epoch(self) -> float:
-        return self.num_images / self.images_per_report
+        return self.num_images / (self.steps_per_report * self.batch_size)
 
     def order(self) -> np.ndarray:
         """Positions of the images to come, (steps * batch_size,) int32.
@@ -63,6 +63,7 @@ def train(
     validation_data: Data | None,
     callbacks: Sequence[keras.callbacks.Callback],
     checkpoints: Checkpoints | None = None,
+    on_resume: Callable[[int], None] = lambda reports: None,
 ) -> dict[str, list[float]]:
     """Train a compiled model.
 
@@ -70,8 +71,9 @@ def train(
         train_data: what the model reads (images as (n, height, width, channels) uint8, or
             activations of a frozen part), and (n,) class numbers.
         validation_data: the same, measured at each report; None for none.
-        callbacks: patience and cooldown in epochs; converted to reports here.
+        callbacks: those that count, count epochs; converted to reports here.
         checkpoints: of an earlier attempt at this training, which goes on there; and of this one.
+        on_resume: told how many reports the earlier attempt has made, if it goes on there.
 
     Returns:
         Keras's history: one value a report for each of loss, accuracy, val_loss, val_accuracy; of
@@ -86,7 +88,8 @@ def train(
     if checkpoints:
         checkpoints.watch(model, callbacks)
         callbacks.append(checkpoints)
-        done = checkpoints.reports
+        if done := checkpoints.reports:
+            on_resume(done)
     # Of one that was killed at its end nothing is read, but Keras refuses an empty generator.
     begin = min(done, plan.num_reports - 1)
     order = plan.order()[begin * plan.steps_per_report * plan.batch_size :]
@@ -183,6 +186,7 @@ class Report(keras.callbacks.Callback):
         self.values: list[float] = []
         self.training_seconds = 0.0
         self.validation_seconds = 0.0
+        self._step = 0
         self._trial = trial
         self._images = images
         self._monitor = monitor
@@ -202,7 +206,8 @@ class Report(keras.callbacks.Callback):
         self.training_seconds += tested - self._began
         self.validation_seconds += now - tested
         figures = {name: float(value) for name, value in (logs or {}).items()}
-        step = epoch + 1
+        # A fit of the user's own may train twice, and Keras counts anew.
+        step = self._step = max(epoch + 1, self._step + 1)
         if found := unsound(figures):
             self.diverged = f"{found} at report {step}"
             self.model.stop_training = True
@@ -238,6 +243,7 @@ class Progress(keras.callbacks.Callback):
         super().__init__()
         self.history: dict[str, list[float]] = {}
         self.diverged = ""
+        self.seconds = 0.0  # of training, also that before a kill: checkpoints keep it
         self._tell = tell
         self._num_reports = num_reports
         self._images = images
@@ -255,6 +261,7 @@ class Progress(keras.callbacks.Callback):
         for name, value in figures.items():
             self.history.setdefault(name, []).append(value)
         now = time.monotonic()
+        self.seconds += now - self._began
         self._tell(
             step=epoch + 1,
             of=max(epoch + 1, self._num_reports),
@@ -286,11 +293,30 @@ def count_in_reports(
     callback: keras.callbacks.Callback, reports_per_epoch: float, *, has_validation: bool
 ) -> None:
     """Make a callback written for epochs count reports, which are Keras's epochs here."""
-    for name in ("patience", "cooldown"):
-        if epochs := getattr(callback, name, 0):
-            setattr(callback, name, max(1, round(epochs * reports_per_epoch)))
+    for name in ("patience", "cooldown", "start_from_epoch"):
+        epochs = getattr(callback, name, None)
+        # A patience of 0 is one of 1 to Keras: it ends with the first epoch that is no better.
+        if isinstance(epochs, int) and (epochs or name == "patience"):
+            setattr(callback, name, max(1, round(max(1, epochs) * reports_per_epoch)))
+    if isinstance(callback, keras.callbacks.LearningRateScheduler):
+        callback.schedule = _once_an_epoch(callback.schedule, reports_per_epoch)
     monitor = getattr(callback, "monitor", None)
     if not has_validation and isinstance(monitor, str):
         # A winner trains on all data: what a callback watched on the validation part, it now
         # watches on the training part.
         callback.monitor = monitor.removeprefix("val_")
+
+
+def _once_an_epoch(schedule: Callable[..., float], reports_per_epoch: float) -> Any:
+    """A schedule by epochs, from 0, that is asked where one begins."""
+
+    def by_report(report: int, rate: float) -> float:
+        epoch = int(report / reports_per_epoch)
+        if report and epoch == int((report - 1) / reports_per_epoch):
+            return rate
+        try:
+            return schedule(epoch, rate)
+        except TypeError:  # as Keras asks: one that takes the epoch alone
+            return schedule(epoch)
+
+    return by_report

@@ -38,7 +38,8 @@ class TrainingData:
 
     @cached_property
     def _images(self) -> Arrays:
-        return datasets.load_train(self._reference)
+        x, y = datasets.load_train(self._reference)
+        return backend.shareable(x), y
 
     @cached_property
     def at(self) -> datasets.Positions:

@@ -60,7 +60,7 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
         table.add_row(
             str(row.number),
             row.state,
-            "" if value is None else f"{value:.4f}",
+            "" if value is None else results.decimal(value),
             str(row.reports),
             "" if row.seconds is None else f"{row.seconds:.0f}",
             str(row.attempts),
@@ -72,7 +72,7 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
     _console.print(table)
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    _console.print(f"{len(rows)} trials in {folder}: {counts}")
+    _say(f"{len(rows)} trials in {folder}: {counts}")
 
 
 def print_trial(study: optuna.Study, trial: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def print_trial(study: optuna.Study, trial: dict[str, Any]) -> None:
     of = study.user_attrs.get("run", {}).get("num_reports")
     line = f"[bold]trial {trial['number']}[/bold] of {escape(study.study_name)}: {trial['state']}"
     if trial["value"] is not None:
-        line += f", [bold]{trial['value']:.4f}[/bold]"
+        line += f", [bold]{results.decimal(trial['value'])}[/bold]"
     line += f", {len(trial['reports'])}{f' of {of}' if of else ''} reports"
     _console.print(line + (", a known point" if trial["known_point"] else ""))
     if trial["reason"]:
@@ -123,14 +123,14 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
     )
     if outcome.best and not outcome.metrics:
         number, value = outcome.best
-        _console.print(f"best: trial {number} with {value:.4f}")
+        _console.print(f"best: trial {number} with {results.decimal(value)}")
     if outcome.metrics and settings.kind == "comparison":
         _print_compared(outcome.metrics)
     elif outcome.metrics:
         _print_winners(outcome.metrics)
     report = outcome.folder / "report.html"
     if report.is_file():
-        _console.print(f"report: {report}", soft_wrap=True)
+        _say(f"report: {report}")
     can_predict = outcome.metrics and "--storage" not in same_run  # its images need no study
     _console.print("Next:", style="bold")
     for command in (
@@ -139,7 +139,7 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
         *([f"fmnist-search predict {same_run} IMAGE.png"] if can_predict else []),
         f"fmnist-search dashboard {same_run}",
     ):
-        _console.print(f"  {command}", soft_wrap=True)
+        _say(f"  {command}")
 
 
 def print_reproduced(figures: dict[str, Any], folder: Path) -> None:
@@ -155,7 +155,7 @@ def print_reproduced(figures: dict[str, Any], folder: Path) -> None:
         )
     table.add_row("seeds", str(len(winner["seeds"])), str(len(config["training"]["seeds"])), "")
     _console.print(table)
-    _console.print(f"models and metrics.json in {folder}", soft_wrap=True)
+    _say(f"models and metrics.json in {folder}")
 
 
 def print_repeated(repeated: Repeated) -> None:
@@ -172,9 +172,11 @@ def print_repeated(repeated: Repeated) -> None:
         )
     _console.print(table)
     outcome = f"{repeated.outcome}{f' ({repeated.reason})' if repeated.reason else ''}"
-    same = "the same curve" if repeated.is_same else "another curve"
-    _console.print(
+    what = "curve" if repeated.stored or repeated.now else "value"
+    same = f"the same {what}" if repeated.is_same else f"another {what}"
+    _say(
         f"trial {repeated.number}: {same}, largest difference {repeated.difference:.4f}; {outcome}"
+        + (f", stored: {repeated.ended}" if repeated.ended not in ("", repeated.outcome) else "")
     )
 
 
@@ -197,7 +199,7 @@ def print_findings(findings: list[Finding]) -> None:
     for finding in findings:
         fix = f"\n-> {finding.fix}" if finding.fix else ""
         state = Text(finding.state, styles[finding.state])
-        table.add_row(state, finding.subject, Text(finding.what + fix))
+        table.add_row(state, Text(finding.subject), Text(finding.what + fix))
     _console.print(table)
     states = [finding.state for finding in findings]
     counts = {"problem": states.count("problem"), "warning": states.count("warning")}
@@ -221,7 +223,7 @@ def _print_winners(figures: dict[str, Any]) -> None:
     table.add_row("epochs", *(f"{winner['epochs']:g}" for winner in winners))
     table.add_row("parameters", *(f"{winner['parameters']:,}" for winner in winners))
     if any(winner["weights"] for winner in winners):
-        table.add_row("begun from", *(winner["weights"] or "" for winner in winners))
+        table.add_row("begun from", *(escape(winner["weights"] or "") for winner in winners))
     _console.print(table)
     if ensemble := figures["ensemble"]:
         _console.print(
@@ -238,20 +240,17 @@ def _print_compared(figures: dict[str, Any]) -> None:
     for winner in winners:
         name = results.point_name(winner["params"])
         label = f"{name} ({winner['weights']})" if winner["weights"] else name
-        here = {"train": winner["train"], "val": winner["validation"], "test": winner["test"]}
         num_seeds = len(winner["seeds"])
+        parts = (winner[part] for part in results.PARTS.values())
         table.add_row(
-            label,
-            *(results.spread(part, "accuracy", num_seeds) for part in here.values()),
+            escape(label),
+            *(results.spread(part, "accuracy", num_seeds) for part in parts),
             str(num_seeds),
             f"{winner['epochs']:.1f}",
             f"{winner['parameters']:,}",
         )
-        for figure, there in winner["published"].items():
-            part, _, what = figure.partition("_")
-            ours, difference = here[part], here[part]["mean"][what] - there
-            shown = results.spread(ours, what, num_seeds)
-            published.add_row(name, figure, f"{there:.4f}", shown, f"{difference:+.4f}")
+        for row in results.published(winner):
+            published.add_row(escape(name), *row)
     _console.print(table)
     if published.rows:
         _console.print(published)
@@ -273,13 +272,19 @@ def _print_pairs(heading: str, pairs: dict[str, Any]) -> None:
 def _attempts(attempts: list[dict[str, Any]]) -> Table:
     table = _table("attempt", "host", "device", "process", "began", "ended", "how")
     for number, attempt in enumerate(attempts, 1):
+        how = filter(None, [attempt.get("reason", "runs"), _first(attempt.get("detail"))])
         table.add_row(
             str(number),
-            *(str(attempt.get(name, "")) for name in ("host", "device", "process")),
+            *(escape(str(attempt.get(name, ""))) for name in ("host", "device", "process")),
             *(_clock(attempt.get(name)) for name in ("start", "end")),
-            " ".join(filter(None, [attempt.get("reason", "runs"), _first(attempt.get("detail"))])),
+            escape(" ".join(how)),
         )
     return table
+
+
+def _say(line: str) -> None:
+    """A line in which nothing is markup, and nothing is cut: paths, commands, reasons."""
+    _console.print(line, markup=False, soft_wrap=True)
 
 
 def _clock(seconds: float | None) -> str:
@@ -312,7 +317,7 @@ def _run_of(folder: Path, name: str) -> str:
     trials = study.get_trials(deepcopy=False)
     best = results.winners(study, 1)
     finished = sum(trial.state.is_finished() for trial in trials)
-    return f"{finished} trials" + (f", best {best[0].value:.4f}" if best else "")
+    return f"{finished} trials" + (f", best {results.decimal(best[0].value)}" if best else "")
 
 
 def _table(*headings: str) -> Table:

@@ -12,14 +12,16 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import ConsoleOptions, Group
 from rich.table import Table
 from rich.text import Text
 
+from search import results
 from search.view.textplot import sparkline
 from search.view.time_left import Finished, Running, time_left
-from search.workers.pool import Slot
+from search.workers.pool import Slot, Task
 
 STATES = ("complete", "pruned", "fail")
 NUM_EVENTS = 4
@@ -78,12 +80,7 @@ def seconds_left(picture: Picture, slots: Sequence[Slot]) -> float | None:
     # A worker may still be clearing up a trial that has been told; winners share their number.
     told = {trial.number for trial in picture.finished} if picture.num_reports else set()
     running = [
-        Running(
-            slot.task.trial,
-            now - slot.task.started,
-            int(slot.status.get("step") or 0),
-            int(slot.status.get("of") or picture.num_reports),
-        )
+        _running(slot.task, slot.status, now, picture.num_reports)
         for slot in slots
         if slot.task is not None and slot.task.trial not in told
     ]
@@ -98,6 +95,15 @@ def seconds_left(picture: Picture, slots: Sequence[Slot]) -> float | None:
     if left is None:
         return None if picture.deadline == math.inf else picture.deadline - now
     return max(0.0, min(left, picture.deadline - now))
+
+
+def _running(task: Task, status: dict[str, Any], now: float, num_reports: int) -> Running:
+    """One that went on behind earlier attempts counts as if it had always been as fast as now."""
+    step, before = int(status.get("step") or 0), int(status.get("before") or 0)
+    seconds = now - task.started
+    if step > before:
+        seconds *= step / (step - before)
+    return Running(task.trial, seconds, step, int(status.get("of") or num_reports))
 
 
 def _workers(picture: Picture, slots: Sequence[Slot], width: int) -> Table:
@@ -116,7 +122,7 @@ def _workers(picture: Picture, slots: Sequence[Slot], width: int) -> Table:
             f"{slot.index} ({slot.device.label})" if width >= _WIDE else str(slot.index),
             status.get("what", "ready" if slot.ready else "starting"),
             status.get("note") or report,
-            "" if value is None else f"{value:.4f}",
+            "" if value is None else results.decimal(value),
             "" if speed is None else f"{speed:,.0f}",
         ]
         table.add_row(*(Text(cell) for cell in cells[: len(shown)]))
@@ -141,7 +147,7 @@ def _progress(picture: Picture, slots: Sequence[Slot], options: ConsoleOptions) 
 def _best(picture: Picture, options: ConsoleOptions) -> Text:
     if picture.best is None:
         return Text()
-    text = Text(f"best {picture.best[0]:.4f} (trial {picture.best[1]})", style="bold")
+    text = Text(f"best {results.decimal(picture.best[0])} (trial {picture.best[1]})", style="bold")
     width = min(_SPARKLINE, options.max_width - len(text) - 2)
     if len(picture.bests) > 1 and not options.ascii_only:
         text.append("  " + sparkline(picture.bests, width), style="cyan")

@@ -79,10 +79,10 @@ def _of_trial(study: optuna.Study, trial: FrozenTrial, standing: Standing | None
     if trial.intermediate_values:
         values, last = trial.intermediate_values, trial.last_step
         best = results.best_step(trial)
-        rows["last report"] = f"{values[last or 0]:.4f}"
-        rows["best report"] = f"{values[best]:.4f}, report {best}"
+        rows["last report"] = results.decimal(values[last or 0])
+        rows["best report"] = f"{results.decimal(values[best])}, report {best}"
     if trial.state == TrialState.COMPLETE:
-        rows[_metric(study)] = f"**{trial.value:.4f}**"
+        rows[_metric(study)] = f"**{results.decimal(trial.value)}**"
     if isinstance(parameters := attrs.get("parameters"), int):
         rows["parameters"] = f"{parameters:,}"
     if isinstance(flops := attrs.get("flops"), int):
@@ -166,7 +166,7 @@ def _of_winner(winner: Mapping[str, Any], rank: int, class_names: Sequence[str])
 
 
 def _best_so_far(study: optuna.Study, trial: FrozenTrial) -> Iterator[str]:
-    yield f"## Best so far: trial {trial.number}, {_metric(study)} {trial.value:.4f}"
+    yield f"## Best so far: trial {trial.number}, {_metric(study)} {results.decimal(trial.value)}"
     yield ""
     yield from _of_trial(study, trial, None)
 

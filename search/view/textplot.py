@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from search.results import decimal
+
 _BLOCKS = "▁▂▃▄▅▆▇█"
 MARKERS = "●·+x"  # of the first curve, the second ...
 
@@ -46,7 +48,7 @@ def curves(
     if not points:
         return []
     low, high = min(points), max(points)  # type: ignore[type-var]
-    labels = f"{high:.4f}", f"{low:.4f}"
+    labels = decimal(high), decimal(low)
     margin = max(map(len, labels))
     num_steps = max(len(values) for values in series.values())
     columns = max(1, min(width - margin - 3, max(4 * num_steps - 3, 12)))

@@ -38,10 +38,8 @@ def jobs_of(study: optuna.Study, settings: Settings) -> list[Job]:
                 1.0,
                 {"epochs": settings.epochs, "share": 1.0, "validated": True},
             )
-            record = stored.get(job.key, {})
-            if all(record.get(name) == value for name, value in job.record.items()):
-                job.record = record
-            job.value = record.get("validation", {}).get("accuracy")
+            job.take(stored)
+            job.value = job.record.get("validation", {}).get("accuracy")
             jobs.append(job)
     return jobs
 

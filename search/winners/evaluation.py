@@ -83,27 +83,40 @@ def _predict(model: Any, x: np.ndarray) -> np.ndarray:
     from search.training import backend
 
     labels = np.zeros(len(x), np.uint8)  # the batches have them; predict ignores them
-    return as_probabilities(model.predict(backend.validation_batches(x, labels), verbose=0))
+    outputs = model.predict(backend.validation_batches(x, labels), verbose=0)
+    return as_probabilities(outputs, _ends_in_logits(model))
 
 
-def as_probabilities(outputs: np.ndarray) -> np.ndarray:
+def _ends_in_logits(model: Any) -> bool | None:
+    """Whether the last layer is linear; None where it does not say."""
+    import keras
+
+    while outputs := getattr(model, "outputs", None):
+        model = outputs[0]._keras_history[0]  # the last layer, which may be a model, too
+    activation = getattr(model, "activation", None)
+    return None if activation is None else activation is keras.activations.linear
+
+
+def as_probabilities(outputs: np.ndarray, is_logit: bool | None = None) -> np.ndarray:
     """Distributions over the classes, from whatever a HyperModel of the user's ends in.
 
     Args:
         outputs: (n, classes), of any float type: probabilities, one sigmoid for each class, or
             logits; or (n, 1), the second of two classes: a probability or a logit.
+        is_logit: whether they are logits; None for a guess.
 
     Returns:
         (n, classes) float32.
     """
     outputs = np.asarray(outputs, np.float32)
-    is_logit = bool(np.any((outputs < 0) | (outputs > 1)))
+    if is_logit is None:
+        is_logit = bool(np.any((outputs < 0) | (outputs > 1)))
     if outputs.shape[1] == 1:
         second = 1 / (1 + np.exp(-outputs)) if is_logit else outputs
         return np.concatenate([1 - second, second], axis=1)
     sums = outputs.sum(axis=1, keepdims=True)
     # The width of the tolerance is a guess that lets rounded bfloat16 outputs pass.
-    if np.all(outputs >= 0) and np.allclose(sums, 1, atol=0.02):
+    if not is_logit and np.all(outputs >= 0) and np.allclose(sums, 1, atol=0.02):
         return outputs
     if not is_logit and np.all(sums > 0):
         return outputs / sums

@@ -74,7 +74,9 @@ def metrics(
 
 
 def subject(settings: Settings, run: dict[str, Any]) -> dict[str, Any]:
-    """What is trained on what, and how; `run` has dataset, precision and images_per_report."""
+    """What is trained on what, and how; `run` has dataset, precision and images_per_report, and
+    what a search was told, if there was one."""
+    told = {"sampler": settings.sampler, "pruner": settings.pruner} | run.get("told", {})
     return {
         "study": settings.name,
         "study_file": None if catalogue.is_installed(Path(settings.file)) else settings.file,
@@ -84,8 +86,8 @@ def subject(settings: Settings, run: dict[str, Any]) -> dict[str, Any]:
             "precision": run["precision"],
             "images_per_report": run["images_per_report"],
             "batch_size": settings.batch_size,
-            "sampler": settings.sampler,
-            "pruner": settings.pruner,
+            "sampler": told["sampler"],
+            "pruner": told["pruner"],
             "study_seed": settings.seed,
         },
     }
@@ -154,12 +156,13 @@ def config(winner: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def leaderboard(trials: Sequence[FrozenTrial], format_: str) -> str:
-    """Trials as text: "yaml", "json" or "csv"."""
+def leaderboard(study: optuna.Study, trials: Sequence[FrozenTrial], format_: str) -> str:
+    """Trials of a study as text: "yaml", "json" or "csv"."""
+    is_objective = study.user_attrs.get("run", {}).get("fixed", {}).get("kind") == "objective"
     rows = [
         {
             "trial": trial.number,
-            "validation_accuracy": trial.value,
+            "value" if is_objective else "validation_accuracy": trial.value,
             "params": trial.params,
         }
         for trial in trials
@@ -284,7 +287,12 @@ def _ensemble(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict
 
 
 def _to_csv(rows: list[dict[str, Any]]) -> str:
-    flat = [{**{k: v for k, v in row.items() if k != "params"}, **row["params"]} for row in rows]
+    own = rows[0].keys() - {"params"}  # columns, which a hyperparameter's name may not take
+    flat = [
+        {name: row[name] for name in row if name in own}
+        | {f"params_{k}" if k in own else k: v for k, v in row["params"].items()}
+        for row in rows
+    ]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -14,8 +14,6 @@ from search import artifacts
 from search.errors import EXIT_DAMAGED, EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 from search.workers.pool import run_task
 
-MODELS = ("winner", "ensemble")
-
 
 class Classified(NamedTuple):
     """One image's classes."""

@@ -29,23 +29,30 @@ TOLERANCE = 1e-3
 
 
 class Repeated(NamedTuple):
-    """A trial's curve, stored and now."""
+    """A trial's curve and its end, stored and now."""
 
     number: int
     stored: dict[int, float]  # value by step
     now: dict[int, float]
     outcome: str  # of the worker: complete, pruned where the trial was, diverged, error, ...
     reason: str
+    ended: str = ""  # as outcome, of the stored trial; empty where the search ended it otherwise
+    values: tuple[float | None, float | None] = None, None  # of a complete trial
 
     @property
     def difference(self) -> float:
-        """The largest between two values of one step."""
-        both = self.stored.keys() & self.now.keys()
-        return max((abs(self.stored[step] - self.now[step]) for step in both), default=0.0)
+        """The largest between two values of one step, or between the trial's two values."""
+        pairs = [(self.stored[step], self.now[step]) for step in self.stored.keys() & self.now]
+        before, after = self.values
+        if before is not None and after is not None:
+            pairs.append((before, after))
+        return max((abs(one - other) for one, other in pairs), default=0.0)
 
     @property
     def is_same(self) -> bool:
-        return self.stored.keys() == self.now.keys() and self.difference <= TOLERANCE
+        ends_alike = self.outcome == self.ended or not self.ended
+        same_steps = self.stored.keys() == self.now.keys()
+        return same_steps and ends_alike and self.difference <= TOLERANCE
 
 
 def repeat(
@@ -63,7 +70,8 @@ def repeat(
     """
     (trial,) = results.chosen(study, 1, number)
     run = study.user_attrs["run"]
-    settings = resolve(run["described"], str(file), {**options, "precision": run["precision"]})
+    precision = run.get("told", run)["precision"]  # of the search; winners may have had another
+    settings = resolve(run["described"], str(file), {**options, "precision": precision})
     settings, _ = with_weights(dataclasses.replace(settings, folder=str(folder.absolute())))
     opening = {"type": "open", "file": str(file)}
     pool = Pool(LocalEngine(folder / "logs"), devices.share_out("auto")[:1], opening)
@@ -90,13 +98,26 @@ def _again(pool: Pool, trial: FrozenTrial, settings: Settings, view: View) -> Re
             if event.lost is not None:
                 raise SearchError(f"the worker {event.lost.splitlines()[0]}", detail=event.lost)
             if message["type"] == "finished":
-                reason = message.get("reason", "")
                 return Repeated(
-                    trial.number, trial.intermediate_values, now, message["outcome"], reason
+                    trial.number,
+                    trial.intermediate_values,
+                    now,
+                    message["outcome"],
+                    message.get("reason", ""),
+                    _ended(trial),
+                    (trial.value, message.get("value")),
                 )
             if (answer := _answer(trial, event, now)) is not None:
                 pool.answer(slot, **answer)
         view.refresh(pool.slots)
+
+
+def _ended(trial: FrozenTrial) -> str:
+    """How its worker ended it, if it did: a limit of time, or a kill, is not in the point."""
+    if trial.state == optuna.trial.TrialState.COMPLETE:
+        return "complete"
+    kind = str(trial.user_attrs.get("reason", "")).partition(":")[0]
+    return kind if kind in ("pruned", "diverged", "invalid", "error") else ""
 
 
 def _answer(trial: FrozenTrial, event: Event, now: dict[int, float]) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ fmnist-search train configs/best.yaml
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 from contextlib import ExitStack
@@ -197,10 +198,11 @@ def _train(
 def _jobs(config: dict[str, Any], num_seeds: int | None, question: dict[str, Any]) -> list[Job]:
     how, trial = config["training"], config["trial"]
     seeds = how["seeds"][:num_seeds]
-    seeds += [
-        seed_for(how["study_seed"], "winner", trial, index)
-        for index in range(len(seeds), num_seeds or 0)
-    ]
+    for index in itertools.count():  # a seed that diverged is not in the config
+        if len(seeds) >= (num_seeds or 0):
+            break
+        if (seed := seed_for(how["study_seed"], "winner", trial, index)) not in seeds:
+            seeds.append(seed)
     length = {"epochs": how["schedule_epochs"], "share": how["share"]}
     if how.get("validated"):
         length["validated"] = True

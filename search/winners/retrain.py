@@ -56,6 +56,14 @@ class Job:
     def key(self) -> str:
         return f"retrained:{self.stem}"
 
+    def take(self, stored: dict[str, Any]) -> None:
+        """What the study has stored of it, if it was trained as it would be now."""
+        self.record["precision"] = stored["run"]["precision"]
+        record = stored.get(self.key, {})
+        kept = {"precision": self.record["precision"]} | record  # earlier versions stored none
+        if record and self.record.items() <= kept.items():
+            self.record = record
+
 
 def jobs_of(study: optuna.Study, settings: Settings) -> list[Job]:
     """The winners of a study times the seeds, with what is stored of them.
@@ -75,9 +83,7 @@ def jobs_of(study: optuna.Study, settings: Settings) -> list[Job]:
     for trial in winners:
         for index in range(settings.seeds):
             job = new_job(trial, index, settings, stored["run"]["num_reports"])
-            record = stored.get(job.key, {})
-            if all(record.get(name) == value for name, value in job.record.items()):
-                job.record = record
+            job.take(stored)
             jobs.append(job)
     return jobs
 
@@ -245,7 +251,8 @@ class Retraining:
                 why = message.get("reason", f"it ended as {message['outcome']}")
                 raise SearchError(f"{job.stem} failed: {why}", detail=message.get("traceback", ""))
             assert event.task is not None
-            seconds = time.monotonic() - event.task.started
+            # A training that went on behind a checkpoint knows of the time before.
+            seconds = message.get("seconds") or time.monotonic() - event.task.started
             store(job, {**message, "seconds": seconds})
             self._save(job)
             if checkpoint := self._checkpoint(job):  # not before it is written down that it is done
@@ -312,15 +319,20 @@ class Retraining:
             "model": str(self._folder / job.record["model"]),
             "path": str(self._folder / "evaluation" / f"{job.stem}.npz"),
             "history": job.record["history"],
-            "pictures": str(self._folder / _pictures(job)) if job.index == 0 else None,
+            "pictures": str(self._folder / _pictures(job)) if self._is_shown(job) else None,
         }
+
+    def _is_shown(self, job: Job) -> bool:
+        """Whether the report's pictures are this one's: of a winner's seeds, the first usable."""
+        usable = (of.index for of in self.jobs if of.trial == job.trial and "model" in of.record)
+        return job.index == min(usable)
 
     def _measured(self, job: Job, message: Message) -> None:
         job.record |= {
             "evaluation": f"evaluation/{job.stem}.npz",
             "evaluation_sha256": message["sha256"],
         }
-        if job.index == 0:
+        if self._is_shown(job):
             job.record |= {
                 "pictures": _pictures(job),
                 "pictures_sha256": message["pictures_sha256"],
@@ -336,7 +348,7 @@ def _next(waiting: deque[Job], running: dict[int, Job]) -> Job | None:
 
 
 def _pictures(job: Job) -> str:
-    """Where the report's pictures of a winner lie; they are those of its first seed."""
+    """Where the report's pictures of a winner lie."""
     return f"evaluation/{job.stem}-pictures.npz"
 
 
@@ -353,6 +365,7 @@ def _length(trial: FrozenTrial, settings: Settings, num_reports: int) -> dict[st
 
 
 def _show(slot: Slot, message: Message) -> None:
+    slot.status.setdefault("before", message.get("step", 1) - 1)
     slot.status |= {"note": ""} | {
         name: message[name]
         for name in ("note", "step", "of", "accuracy", "images_per_second")

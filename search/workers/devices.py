@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from search.errors import EXIT_USAGE, SearchError
+from search.workers import cgroup
 
 logger = logging.getLogger("search")
 
@@ -63,19 +65,33 @@ def gpus() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         logger.warning("nvidia-smi does not answer; the search runs on cores")
         return []
-    lines = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
-    return [str(index) for index in range(len(lines))] if listing.returncode == 0 else []
+    return _names(listing.stdout) if listing.returncode == 0 else []
+
+
+def _names(listing: str) -> list[str]:
+    """What `nvidia-smi -L` lists, as CUDA_VISIBLE_DEVICES takes it: GPUs by their index, but the
+    instances (MIG) of one that is divided by their UUIDs."""
+    by_gpu: list[list[str]] = []
+    for line in listing.splitlines():
+        if line.startswith("GPU "):
+            by_gpu.append([])
+        elif by_gpu and (instance := re.search(r"\(UUID: (MIG-[^)]+)\)", line)):
+            by_gpu[-1].append(instance[1])
+    return [name for gpu, instances in enumerate(by_gpu) for name in instances or [str(gpu)]]
 
 
 def cores() -> int:
     """The cores that this process may run on: its affinity, and its container's quota."""
     allowed = len(psutil.Process().cpu_affinity() or []) if hasattr(os, "sched_getaffinity") else 0
     allowed = allowed or os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(allowed, int(quota) // int(period)))
-    except (OSError, ValueError):  # not Linux, no cgroup, or the quota is "max"
-        return allowed
+    quota = cgroup.cores()
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def memory() -> int:
+    """Bytes that this process may have: the machine's, or its container's limit."""
+    total = int(psutil.virtual_memory().total)
+    return min(total, cgroup.memory() or total)
 
 
 def share_out(workers: str) -> list[Device]:

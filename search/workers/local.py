@@ -47,8 +47,9 @@ class LocalWorker:
 
     def kill(self) -> None:
         """End it now, whatever it does, and what it has started; returns when it is gone."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a session of its own
+        # It leads a session of its own. macOS refuses where all that is left of it has ended.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.channel.close()
 

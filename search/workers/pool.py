@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from search.errors import SearchError
-from search.workers import memory
+from search.workers import cgroup
 from search.workers.devices import Device, share_out
 from search.workers.engine import Engine, Worker
 from search.workers.local import LocalEngine
@@ -172,7 +172,7 @@ class Pool:
         self._preparation: Message | None = None
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
-        self._oom_kills = memory.oom_kills()
+        self._oom_kills = cgroup.oom_kills()
         self._listened = time.monotonic()  # when it was last seen what the workers said
         self.interrupted = 0  # the number of the signal that asked the run to end
         self.described: Message | None = None  # what the study says of itself
@@ -363,7 +363,7 @@ class Pool:
             yield Event(slot, {"type": "lost"}, lost=how, task=task, kind=kind)
 
     def _why_killed(self) -> str:
-        before, self._oom_kills = self._oom_kills, memory.oom_kills()
+        before, self._oom_kills = self._oom_kills, cgroup.oom_kills()
         return OUT_OF_MEMORY if self._oom_kills > before else "killed"
 
     def _end_late(self, slot: Slot, task: Task, why: str) -> Iterator[Event]:
@@ -385,9 +385,9 @@ class Pool:
     def _stop(self, slot: Slot) -> None:
         if slot.worker is None:
             return
-        self._selector.unregister(slot.worker.channel)
-        slot.worker.kill()
-        slot.worker, slot.ready, slot.task = None, False, None
+        worker, slot.worker, slot.ready, slot.task = slot.worker, None, False, None
+        self._selector.unregister(worker.channel)
+        worker.kill()
 
     def _send(self, slot: Slot, message: Message) -> None:
         assert slot.worker is not None

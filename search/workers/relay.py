@@ -28,6 +28,7 @@ from search.workers.local import LocalEngine, LocalWorker
 
 ROOT = Path(__file__).parents[2]  # the folder that holds the package
 CHUNK = 4 << 20  # bytes of a file in one message
+_PACKAGES = ("search", "spaces", "studies")  # installed on each node
 _PATIENCE = 20.0  # seconds until a worker that is silent is asked for again
 Files = dict[str, tuple[str, Any]]  # the driver's path -> SHA-256, reference of the content
 
@@ -97,11 +98,13 @@ class Relay:
 
     def __init__(self, run: str, folder: str, root: str):
         self._node = _node_folder(run)
-        self._folder, self._root = folder, root
+        self._folder = folder
+        self._installed = tuple(f"{root}/{package}/" for package in _PACKAGES)
         self._mapped = {root: str(ROOT)}  # the driver's prefix -> this node's
         self._begun = threading.Event()
         self._worker: LocalWorker | None = None
         self._unread = b""
+        self._failure = ""  # why a message could not be passed on
 
     def begin(
         self,
@@ -144,7 +147,12 @@ class Relay:
         """Pass a message on, once the files that it speaks of are here."""
         self._begun.wait()
         assert self._worker is not None
-        self._place(files)
+        try:
+            self._place(files)
+        except Exception as error:  # nobody waits for this call's end: the worker's has to say it
+            self._failure = f"could not be given its files: {type(error).__name__}: {error}"
+            self._worker.kill()
+            return
         try:
             self._worker.channel.send(self._translated(json.loads(line)))
         except OSError:
@@ -175,6 +183,8 @@ class Relay:
         if self._worker is None:
             return True, "had not begun"
         self._worker.kill()
+        if self._failure:
+            return False, self._failure
         return self._worker.was_killed(), self._worker.post_mortem()
 
     @_group("out")
@@ -203,8 +213,8 @@ class Relay:
     def _place(self, files: Files) -> None:
         """Have these files here, each once for all workers of the node."""
         for path, (sha256, reference) in files.items():
-            if path.startswith(self._root + os.sep):
-                continue  # the package's own are installed
+            if path.startswith(self._installed):
+                continue
             self._mapped.setdefault(path, self._own(path))
             place = Path(self._own(path))
             place.parent.mkdir(parents=True, exist_ok=True)
