@@ -176,8 +176,10 @@ def point_name(params: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={short(value)}" for name, value in params.items())
 
 
-def decimal(value: float) -> str:
-    """A trial's value as it is read: four decimals, or four digits where they say nothing."""
+def decimal(value: float | None) -> str:
+    """A value as it is read: four decimals, or four digits where they say nothing; "" for none."""
+    if value is None:
+        return ""
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
 
 

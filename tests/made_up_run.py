@@ -80,6 +80,14 @@ def run_attribute(kind="space", classes=CLASSES):
         "dataset": None if is_objective else dataset,
         "known_points": [],
         "weights": None,
+        "file": None,
+        "told": {
+            "trials": 100,
+            "sampler": "tpe",
+            "pruner": "asha",
+            "precision": "" if is_objective else "bfloat16",
+            "final_epochs": None,
+        },
     }
 
 

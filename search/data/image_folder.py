@@ -163,7 +163,7 @@ def read_image(path: Path, input_shape: Sequence[int], invert: bool = False) -> 
 
 def _list(folder: Path) -> _Files:
     try:
-        has_train = (folder / "train").is_dir()
+        has_train = _has_train(folder)
         train = _images_by_class(folder / "train" if has_train else folder)
         if has_train and (folder / "test").is_dir():
             test = _images_by_class(folder / "test")
@@ -181,6 +181,13 @@ def _list(folder: Path) -> _Files:
         for name, part in (("train", train), ("test", test))
     }
     return _Files(tuple(train), parts, fingerprint)
+
+
+def _has_train(folder: Path) -> bool:
+    """Whether classes lie below train/. Images may lie in train/ and test/ themselves, which is
+    refused, but with others beside them these are classes."""
+    names = {path.name for path in _folders(folder)}
+    return bool(_folders(folder / "train")) or {"train"} <= names <= {"train", "test"}
 
 
 def _state(path: Path, folder: Path) -> tuple[str, int, int]:

@@ -76,7 +76,7 @@ class Snapshots:
 
     def _stamp(self) -> str:
         """The clock's, but later than all there are: it may have been set back."""
-        now = time.strftime(_STAMP, time.gmtime())
+        now = _now()
         for newest in _snapshots(self._database)[:1]:
             last = calendar.timegm(time.strptime(newest.stem[-15:], _STAMP))
             now = max(now, time.strftime(_STAMP, time.gmtime(last + 1)))
@@ -100,8 +100,7 @@ def restore(database: Path) -> Restored:
             continue
         aside = None
         if database.exists():
-            stamp = time.strftime(_STAMP, time.gmtime())
-            aside = database.with_name(f"{database.name}.damaged-{stamp}")
+            aside = database.with_name(f"{database.name}.damaged-{_now()}")
             os.replace(database, aside)
         for rest in ("-wal", "-shm"):  # they belong to the damaged one
             database.with_name(database.name + rest).unlink(missing_ok=True)
@@ -113,6 +112,10 @@ def restore(database: Path) -> Restored:
         f"sound snapshot lies in {_folder(database)}; put a copy of it back, or take another --out",
         exit_code=EXIT_DAMAGED,
     )
+
+
+def _now() -> str:
+    return time.strftime(_STAMP, time.gmtime())
 
 
 def _folder(database: Path) -> Path:

@@ -80,8 +80,8 @@ class Checkpoints(keras.callbacks.Callback):
         for variable, value in zip(self._variables(), arrays["variables"], strict=True):
             variable.assign(value)
         for callback, state in zip(self._others, self._found["callbacks"], strict=True):
-            for name, value in state.items():
-                setattr(callback, name, _with_arrays(value, arrays["callbacks"]))
+            for name in state.keys() - set(_NOT_STATE):  # an earlier version kept more
+                setattr(callback, name, _with_arrays(state[name], arrays["callbacks"]))
         self._found = None
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:

@@ -78,10 +78,11 @@ class Space:
         return model
 
     def callbacks(self, hp: keras_tuner.HyperParameters) -> list[keras.callbacks.Callback]:
-        """Those that the space brings: a method `callbacks(hp)`, patience in epochs. They are
-        changed to count reports, so that they are copies of what it may keep."""
+        """Those that the space brings: a method `callbacks(hp)`, patience in epochs. They will be
+        changed to count reports, so they are copies of what the space may keep; the very same only
+        where its own fit may use them."""
         own = self._space.callbacks(hp) if hasattr(self._space, "callbacks") else []
-        return [copy.copy(callback) for callback in own]
+        return own if trains_itself(self._space) else [copy.copy(callback) for callback in own]
 
     def epochs(self, hp: keras_tuner.HyperParameters) -> float:
         """Passes over the training part that suit a point: a method `epochs(hp)`, which only
@@ -219,7 +220,8 @@ def _measure_accuracy(model: keras.Model) -> None:
     """Compile again with accuracy beside the metrics that are there."""
     own = getattr(model._compile_metrics, "_user_metrics", None) or []
     accuracy: Any = ACCURACY
-    if model.output_shape[-1] == 1 and getattr(keras.losses.get(model.loss), "from_logits", False):
+    losses = keras.tree.flatten(model.loss)  # by the output's name, perhaps
+    if model.output_shape[-1] == 1 and any(getattr(one, "from_logits", False) for one in losses):
         accuracy = keras.metrics.BinaryAccuracy(ACCURACY, threshold=0.0)
     config = model._compile_config.config  # as given: get_compile_config holds copies
     metrics = [*own, accuracy] if isinstance(own, list) else [accuracy]

@@ -7,6 +7,7 @@ finer grain, a bad trial ends after a fraction of an epoch, and equal steps mean
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def train(
             callback, plan.reports_per_epoch, has_validation=validation_data is not None
         )
     _build(model, train_data[1][:1])
+    # Else Keras would go past the end of a report.
+    model.steps_per_execution = math.gcd(model.steps_per_execution, plan.steps_per_report)
     callbacks, done = list(callbacks), 0
     if checkpoints:
         checkpoints.watch(model, callbacks)
@@ -148,7 +151,8 @@ def as_loss_wants(model: keras.Model, y: np.ndarray) -> np.ndarray:
     num_outputs = model.output_shape[-1]
     if num_outputs == 1:
         return y[:, np.newaxis].astype(np.float32)
-    loss = keras.losses.get(model.loss)
+    (given,) = keras.tree.flatten(model.loss)  # a dictionary or a list may hold it
+    loss = keras.losses.get(given)
     function = getattr(loss, "fn", loss)  # a loss class wraps its function; `name` is the user's
     one_hot = np.eye(num_outputs, dtype=np.float32)
     if _is_sparse(function, one_hot):
@@ -296,7 +300,7 @@ def count_in_reports(
     for name in ("patience", "cooldown", "start_from_epoch"):
         epochs = getattr(callback, name, None)
         # A patience of 0 is one of 1 to Keras: it ends with the first epoch that is no better.
-        if isinstance(epochs, int) and (epochs or name == "patience"):
+        if isinstance(epochs, numbers.Real) and (epochs or name == "patience"):
             setattr(callback, name, max(1, round(max(1, epochs) * reports_per_epoch)))
     if isinstance(callback, keras.callbacks.LearningRateScheduler):
         callback.schedule = _once_an_epoch(callback.schedule, reports_per_epoch)

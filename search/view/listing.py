@@ -60,7 +60,7 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
         table.add_row(
             str(row.number),
             row.state,
-            "" if value is None else results.decimal(value),
+            results.decimal(value),
             str(row.reports),
             "" if row.seconds is None else f"{row.seconds:.0f}",
             str(row.attempts),

@@ -122,7 +122,7 @@ def _workers(picture: Picture, slots: Sequence[Slot], width: int) -> Table:
             f"{slot.index} ({slot.device.label})" if width >= _WIDE else str(slot.index),
             status.get("what", "ready" if slot.ready else "starting"),
             status.get("note") or report,
-            "" if value is None else results.decimal(value),
+            results.decimal(value),
             "" if speed is None else f"{speed:,.0f}",
         ]
         table.add_row(*(Text(cell) for cell in cells[: len(shown)]))

@@ -88,13 +88,18 @@ def _predict(model: Any, x: np.ndarray) -> np.ndarray:
 
 
 def _ends_in_logits(model: Any) -> bool | None:
-    """Whether the last layer is linear; None where it does not say."""
-    import keras
+    """Whether the last layer that computes something is linear; None where it does not say."""
+    from keras import activations, layers
 
-    while outputs := getattr(model, "outputs", None):
-        model = outputs[0]._keras_history[0]  # the last layer, which may be a model, too
-    activation = getattr(model, "activation", None)
-    return None if activation is None else activation is keras.activations.linear
+    layer: Any = model
+    while outputs := getattr(layer, "outputs", None):
+        tensor = outputs[0]
+        layer, index, _ = tensor._keras_history  # the last layer, which may be a model, too
+        while type(layer) is layers.Activation and layer.activation is activations.linear:
+            # Only casts, as to float32 behind a softmax in bfloat16.
+            layer, index, _ = layer._inbound_nodes[index].input_tensors[0]._keras_history
+    says = {activations.linear: True, activations.sigmoid: False, activations.softmax: False}
+    return says.get(getattr(layer, "activation", None))
 
 
 def as_probabilities(outputs: np.ndarray, is_logit: bool | None = None) -> np.ndarray:

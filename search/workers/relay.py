@@ -14,6 +14,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -151,7 +152,10 @@ class Relay:
             self._place(files)
         except Exception as error:  # nobody waits for this call's end: the worker's has to say it
             self._failure = f"could not be given its files: {type(error).__name__}: {error}"
-            self._worker.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(
+                    self._worker.pid, signal.SIGKILL
+                )  # `receive` reads its end, then `end` asks
             return
         try:
             self._worker.channel.send(self._translated(json.loads(line)))

@@ -497,6 +497,39 @@ def test_a_retry_that_ends_sooner_leaves_no_report_of_the_lost_attempt(search, t
     assert trials()[0].intermediate_values == {1: 2.0, 2: 2.0}
 
 
+def test_the_seconds_of_a_trial_are_those_of_all_its_attempts(search, trials):
+    with pytest.raises(Interrupted):
+        search(dies([CRASH]), trials=1)
+
+    def as_if_it_had_run_for_a_minute_an_hour_ago(study):
+        (trial,) = study.trials
+        (attempt,) = trial.user_attrs["attempts"]
+        attempt |= {"start": attempt["start"] - 3600, "seen": attempt["start"] - 3540}
+        study._storage.set_trial_user_attr(trial._trial_id, "attempts", [attempt])
+
+    search(dies([CRASH, LOST]), trials=1, prepare=as_if_it_had_run_for_a_minute_an_hour_ago)
+    (trial,) = trials()
+    reasons = [attempt["reason"] for attempt in trial.user_attrs["attempts"]]
+    assert reasons == ["coordinator ended", "killed", "complete"]
+    assert 60 <= trial.user_attrs["seconds"] < 90  # the hour in which nothing ran is not counted
+
+
+@pytest.mark.parametrize(("resumed", "before"), [(0, 0), (3, 3)])
+def test_the_reports_before_a_trial_that_goes_on_are_none_of_this_attempt_s(
+    search, resumed, before
+):
+    def script(number, attempt):
+        yield suggest("x")
+        yield {"type": "resumed", "step": resumed}
+        yield {"type": "progress", "note": "activations: 1 of 2"}
+        for step in range(resumed + 1, 6):
+            yield report(0.5, step)
+        yield finished(value=0.5)
+
+    (slot,) = search(script, trials=1).slots
+    assert (slot.status["step"], slot.status["before"]) == (5, before)
+
+
 def test_a_trial_that_is_lost_too_often_fails_with_its_last_words(search, trials):
     def script(number, attempt):
         return dies([LOST] * 9)(number, attempt) if number else good(number, attempt)

@@ -366,6 +366,27 @@ def test_more_seeds_train_only_what_is_missing(run_folder):
 
 
 @pytest.mark.slow
+def test_what_a_search_was_told_outlasts_the_retraining_of_its_winner(tmp_path):
+    folder = tmp_path / "run"
+    told = ["--trials", "2", "--precision", "float32", "--sampler", "random", "--pruner", "none"]
+    finish(folder, "--study", "quickstart", "--epochs", "1", *told, "--no-retrain")
+    before = study_of(folder).user_attrs["run"]["told"]
+    assert before == {
+        "trials": 2,
+        "sampler": "random",
+        "pruner": "none",
+        "precision": "float32",
+        "final_epochs": None,
+    }
+    finish(folder, "retrain", "--study", "quickstart", "--seeds", "1")
+    assert study_of(folder).user_attrs["run"]["told"] == before
+    training = json.loads((folder / "metrics.json").read_text())["training"]
+    assert training.items() >= {k: before[k] for k in ("sampler", "pruner", "precision")}.items()
+    command = ["fmnist-search --study quickstart --epochs 1 --seed 0", *told, "--top 1 --seeds 1"]
+    assert " ".join(command) in (folder / "report.html").read_text()
+
+
+@pytest.mark.slow
 def test_a_gpu_that_keras_does_not_see_is_pointed_out(tmp_path):
     driver = tmp_path / "bin" / "nvidia-smi"  # a machine whose driver knows a GPU
     driver.parent.mkdir()

@@ -4,7 +4,13 @@ import re
 import pytest
 
 from search.errors import EXIT_USAGE, SearchError
-from search.settings import FIXED, refuse_another_space, refuse_differences, resolve
+from search.settings import (
+    FIXED,
+    refuse_another_space,
+    refuse_differences,
+    refuse_other_points,
+    resolve,
+)
 from studies.study import Study
 
 STUDY = Study(name="mine", space=object(), epochs=5, trials=100)
@@ -124,3 +130,39 @@ def test_another_space_is_refused_and_the_differences_are_named(now, said):
 @pytest.mark.parametrize("now", [[RATE, UNITS], [UNITS, RATE]])
 def test_the_order_of_a_space_is_free(now):
     refuse_another_space([RATE, UNITS], now, "mine", "runs/mine")
+
+
+POINTS = [{"units": 1}, {"units": 2, "rate": 0.5}]
+
+
+@pytest.mark.fault("S8")
+@pytest.mark.parametrize("may_grow", [True, False])
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ([{"units": 1}, {"units": 3, "rate": 0.5}], "1 was {'units': 2, .*} and is now {'units': 3"),
+        ([{"units": 1}], "1 was {'units': 2, .*} and is now none"),
+        ([], "0 was {'units': 1} and is now none"),
+        (POINTS[::-1], "0 was {'units': 1} and is now {'units': 2,"),
+        # In front it takes another's place, and that one's figures.
+        ([{"units": 9}, *POINTS], "0 was {'units': 1} and is now {'units': 9}"),
+        ([{"units": 9}, POINTS[1], {"units": 8}], "0 was {'units': 1} and is now {'units': 9}"),
+    ],
+)
+def test_other_known_points_are_refused_and_the_first_is_named(now, said, may_grow):
+    rule = rf"runs/mine holds a study 'mine' with other known_points: number {said}.*Put them back"
+    with pytest.raises(SearchError, match=rule) as caught:
+        refuse_other_points(POINTS, now, "mine", "runs/mine", may_grow=may_grow)
+    assert caught.value.exit_code == EXIT_USAGE
+
+
+def test_a_search_tries_a_known_point_that_was_added_and_a_comparison_refuses_it():
+    now = [*POINTS, {"units": 3}]
+    refuse_other_points(POINTS, now, "mine", "runs/mine", may_grow=True)
+    refuse_other_points([], POINTS, "mine", "runs/mine", may_grow=True)
+    for may_grow in (True, False):
+        refuse_other_points(POINTS, POINTS, "mine", "runs/mine", may_grow=may_grow)
+    rule = "number 2 was none and is now {'units': 3}"
+    with pytest.raises(SearchError, match=rule) as caught:
+        refuse_other_points(POINTS, now, "mine", "runs/mine", may_grow=False)
+    assert caught.value.exit_code == EXIT_USAGE

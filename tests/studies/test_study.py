@@ -37,6 +37,18 @@ KNOWN = [
         ({"max_flops": 0.5}, r"max_flops is a whole number of at least 1. Received: 0.5"),
         ({"compare": True}, r"compares has a space and known_points. .*known_points=\(\)"),
         ({"published": ({},)}, r"an entry for each of the known_points. Received: 1 for 0"),
+        (
+            {"known_points": ({},), "published": ({"accuracy": 0.9},)},
+            r"published names a part's figure, such as train_loss.* Received: 'accuracy'",
+        ),
+        (
+            {"known_points": ({}, {}), "published": ({"test_f1": 0.9}, {"validation_loss": 0.1})},
+            r"names a part's figure.* Received: 'validation_loss'",
+        ),
+        (
+            {"known_points": ({},), "published": ({"test_": 0.9},)},
+            r"names a part's figure.* Received: 'test_'",
+        ),
         ({"epochs": 0}, r"^epochs is a number above 0. Received: 0"),
         ({"epochs": float("nan")}, r"^epochs is a number above 0. Received: nan"),
         ({"final_epochs": float("inf")}, r"final_epochs is a number above 0. Received: inf"),

@@ -83,6 +83,7 @@ def test_studies_are_listed_with_their_question():
         (["show", "--study", "cnn"], 1, ["no run of 'cnn'", "fmnist-search --study cnn"]),
         (["retrain", "--study", "cnn"], 1, ["no run of 'cnn'"]),
         (["export", "--study", "cnn"], 1, ["no run of 'cnn'"]),
+        (["export", "--study", "cnn", "--top", "3", "--trial", "5"], 2, ["--trial exclude each"]),
         (["--bogus"], 2, ["--bogus"]),
     ],
 )

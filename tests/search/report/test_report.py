@@ -446,6 +446,90 @@ def test_the_command_to_do_it_again(run):
     )
 
 
+def begun(folder, *, measured=False, without=(), **changed):
+    """A run of 12 trials; its study says 100 of them, and `changed` of how it began."""
+    study = made_up_run.study_of(12)
+    started = study.user_attrs["run"] | changed
+    study.set_user_attr("run", {k: v for k, v in started.items() if k not in without})
+    if measured:
+        made_up_run.write_metrics(study, folder, study_file="/home/me/mine.py")
+    return source.read(study, folder)
+
+
+def told(**changed):
+    return made_up_run.run_attribute()["told"] | changed
+
+
+def test_the_command_says_what_the_search_was_told_before_anything_is_measured(tmp_path):
+    run = begun(
+        tmp_path,
+        file="/home/me/my studies/mine.py",
+        told=told(trials=20, sampler="random", pruner="none", precision="float32"),
+    )
+    assert origin.command(run) == (
+        "fmnist-search --study '/home/me/my studies/mine.py' --epochs 5 --seed 0 --trials 20 "
+        "--precision float32 --sampler random --pruner none"
+    )
+
+
+def test_what_the_search_was_told_comes_before_what_its_winners_were_trained_with(tmp_path):
+    # A retraining may have another precision, and its folder's study another place.
+    run = begun(tmp_path, measured=True, file="/home/me/now.py", told=told(precision="float32"))
+    assert run.metrics["training"]["precision"] == "bfloat16"
+    words = origin.command(run).split()
+    assert words[words.index("--precision") + 1] == "float32"
+    assert words[words.index("--study") + 1] == "/home/me/now.py"
+
+
+@pytest.mark.parametrize(
+    ("own", "began_from", "named"),
+    [
+        ("imagenet", {"reference": "none", "sha256": "", "label": "random weights"}, "none"),
+        ("imagenet", {"reference": "imagenet", "sha256": "ab", "label": "ImageNet weights"}, None),
+        (None, None, None),
+    ],
+)
+def test_the_command_names_weights_that_are_not_the_study_s_own(tmp_path, own, began_from, named):
+    described = made_up_run.run_attribute()["described"] | {"weights": own}
+    command = origin.command(begun(tmp_path, described=described, weights=began_from))
+    assert (f"--weights {named}" in command) if named else ("--weights" not in command)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "words"),
+    [
+        (None, 30.0, "--final-epochs 30"),
+        (10.0, 2.5, "--final-epochs 2.5"),
+        (10.0, 10.0, None),
+        (None, None, None),
+    ],
+)
+def test_the_command_names_final_epochs_that_are_not_the_study_s_own(tmp_path, own, given, words):
+    described = made_up_run.run_attribute()["described"] | {"final_epochs": own}
+    changed = {"described": described, "told": told(final_epochs=given)}
+    command = origin.command(begun(tmp_path, measured=True, **changed))
+    assert (words in command) if words else ("--final-epochs" not in command)
+
+
+def test_the_command_asks_for_the_seeds_that_diverged_too(tmp_path):
+    run = begun(tmp_path, measured=True)
+    run.winners[0]["diverged"] = [0]  # of three
+    assert origin.command(run).endswith("--top 1 --seeds 3")
+
+
+def test_the_command_for_a_run_of_an_earlier_version_is_made_of_what_is_stored(tmp_path):
+    earlier = ("told", "file")
+    assert origin.command(begun(tmp_path, without=earlier)) == (
+        "fmnist-search --study made-up --epochs 5 --seed 0 --trials 12"
+    )
+    # Of one that this version has retrained, only that is known.
+    for how in ({"without": earlier}, {"told": {"final_epochs": None}, "without": ("file",)}):
+        assert origin.command(begun(tmp_path, measured=True, **how)) == (
+            "fmnist-search --study /home/me/mine.py --epochs 5 --seed 0 --trials 12 --precision "
+            "bfloat16 --sampler tpe --pruner asha --top 1 --seeds 2"
+        )
+
+
 def test_a_search_that_still_runs(tmp_path):
     study = made_up_run.study_of(30)
     study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={
@@ -464,11 +548,12 @@ def test_hardly_anything_is_a_report_too(tmp_path, num_trials):
 
 
 def test_an_objective_of_ones_own(tmp_path):
-    study = made_up_run.study_of(30, kind="objective")
-    shown = Page(report.html(source.read(study, tmp_path)))
+    run = source.read(made_up_run.study_of(30, kind="objective"), tmp_path)
+    shown = Page(report.html(run))
     assert "Learning curves" in shown.headings
     assert "The winners" not in shown.headings
     assert "The data" not in shown.headings
+    assert "--precision" not in origin.command(run)  # it has none
 
 
 def test_a_comparison_has_no_search_but_all_points(tmp_path):
@@ -484,6 +569,17 @@ def test_a_comparison_has_no_search_but_all_points(tmp_path):
     assert origin.command(source.read(study, tmp_path)) == (
         "fmnist-search --study made-up --epochs 5 --seed 0 --precision bfloat16 --seeds 2"
     )
+
+
+def test_a_published_figure_that_is_not_measured_here_is_said_to_be_so(tmp_path):
+    study = comparison(tmp_path)
+    path = tmp_path / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["winners"][0]["published"] = {"train_top5": 0.98765, "test_accuracy": 0.9}
+    path.write_text(json.dumps(metrics))
+    content = report.html(source.read(study, tmp_path))
+    assert "<td>train top5</td><td>0.9877</td><td>not measured</td>" in content
+    assert "<td>test accuracy</td><td>0.9000</td>" in content
 
 
 def test_a_comparison_that_still_runs_shows_the_points_so_far(tmp_path):

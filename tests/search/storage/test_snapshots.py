@@ -69,7 +69,7 @@ def test_s5_the_newest_sound_snapshot_is_put_back(database, damage):
 
 def test_a_damaged_snapshot_is_passed_over(database, monkeypatch):
     stamps = iter(["20260101-000000", "20260102-000000"])
-    monkeypatch.setattr(snapshots.time, "strftime", lambda *_: next(stamps, "20260103-000000"))
+    monkeypatch.setattr(snapshots, "_now", lambda: next(stamps, "20260103-000000"))
     for _ in range(2):
         Snapshots(database).take()
     truncate(database.parent / "snapshots" / "study-20260102-000000.db")
@@ -93,7 +93,7 @@ def test_without_a_snapshot_it_says_so(database):
 
 def test_the_newest_are_kept(database, monkeypatch):
     stamps = iter(f"2026010{day}-000000" for day in range(1, 7))
-    monkeypatch.setattr(snapshots.time, "strftime", lambda *_: next(stamps))
+    monkeypatch.setattr(snapshots, "_now", lambda: next(stamps))
     for _ in range(6):
         Snapshots(database).take()
     kept = sorted(path.name for path in (database.parent / "snapshots").iterdir())
@@ -101,9 +101,31 @@ def test_the_newest_are_kept(database, monkeypatch):
     assert len(kept) == KEPT
 
 
+@pytest.mark.parametrize("damage", [zero_a_page, Path.unlink])
+def test_what_is_damaged_takes_no_sound_snapshot_s_place(database, damage, caplog):
+    """The search's writer reads from memory, and goes on."""
+    taken = Snapshots(database)
+    taken.take()
+    damage(database)
+    for _ in range(KEPT):
+        taken.take()
+    assert caplog.text.count("no snapshot of the study") == KEPT
+    (kept,) = (database.parent / "snapshots").iterdir()
+    restored = restore(database)
+    assert (restored.snapshot, restored.num_trials) == (kept, 4)
+
+
+def test_a_clock_that_is_set_back_lets_no_snapshot_be_older_than_the_last(database, monkeypatch):
+    for now in ("20260105-000000", "20260104-230000", "20260104-230500", "20260104-231000"):
+        monkeypatch.setattr(snapshots, "_now", lambda now=now: now)
+        Snapshots(database).take()
+    kept = sorted(path.name for path in (database.parent / "snapshots").iterdir())
+    assert kept == [f"study-20260105-00000{second}.db" for second in (1, 2, 3)]
+
+
 def test_another_database_in_the_same_folder_has_snapshots_of_its_own(database, monkeypatch):
     stamps = iter(f"2026010{day}-000000" for day in range(1, 9))
-    monkeypatch.setattr(snapshots.time, "strftime", lambda *_: next(stamps))
+    monkeypatch.setattr(snapshots, "_now", lambda: next(stamps))
     Snapshots(database).take()
     other = database.with_name("study-b.db")
     add_trials(f"sqlite:///{other}", 1)

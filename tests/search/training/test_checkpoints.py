@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import keras
 import numpy as np
@@ -87,12 +88,12 @@ def callbacks():
 
 
 def train(make=network, path=None, kill=None, identity="a"):
-    """History over all attempts, the model, and at which report this attempt began."""
+    """History over all attempts, the model, and behind which report this attempt went on."""
     model = make()
     progress = Progress(lambda **_: None, PLAN.num_reports, PLAN.images_per_report)
     others = [] if make is decayed else callbacks()
     kept = Checkpoints(path, {"training": identity}) if path else None
-    began = kept.reports if kept else 0
+    told = []
     training.train(
         model,
         data(),
@@ -100,8 +101,9 @@ def train(make=network, path=None, kill=None, identity="a"):
         validation_data=data(),
         callbacks=[*others, progress, *([kill] if kill else [])],
         checkpoints=kept,
+        on_resume=told.append,
     )
-    return progress.history, model, began
+    return progress.history, model, sum(told)
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +127,51 @@ def test_the_curve_is_that_of_a_training_left_alone(tmp_path, make, kills):
         np.testing.assert_allclose(history[name], values, rtol=1e-5, atol=1e-6)
     for weight, other in zip(resumed.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_allclose(weight, other, rtol=1e-5, atol=1e-6)
+
+
+def killed_and_resumed(path, callbacks):
+    """What two attempts of a small training return, the first of which is killed."""
+    for kill in (KillAfter(2), KillAfter(99)):
+        layers = [keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(3, "softmax")]
+        model = keras.Sequential(layers)
+        model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        with suppress(Killed):
+            return training.train(
+                model,
+                data(),
+                PLAN,
+                validation_data=None,
+                callbacks=[*callbacks(), kill],
+                checkpoints=Checkpoints(path, {}),
+            )
+
+
+def test_what_is_hardly_better_is_no_better_after_a_kill(tmp_path):
+    """Keras turns the sign of min_delta where less is better: in each attempt, and once."""
+    history = killed_and_resumed(
+        tmp_path / "c.npz",
+        lambda: [
+            keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=1e9),
+            keras.callbacks.EarlyStopping("loss", patience=2, min_delta=1e9),
+        ],
+    )
+    # An epoch is three reports. The first is the best, and two are of the attempt before.
+    assert len(history["loss"]) == 1 + 2 * 3 - 2
+    first = history["learning_rate"][0]
+    assert history["learning_rate"] == pytest.approx([first] * 2 + [first / 2] * 3)
+
+
+def test_the_seconds_of_a_training_are_those_of_all_its_attempts(tmp_path):
+    attempts = []
+
+    def callbacks():
+        attempts.append(Progress(lambda **_: None, PLAN.num_reports, PLAN.images_per_report))
+        attempts[-1].seconds = 1_000.0 if len(attempts) == 1 else 0.0
+        return attempts[-1:]
+
+    killed_and_resumed(tmp_path / "c.npz", callbacks)
+    before, now = (progress.seconds for progress in attempts)
+    assert 1_000 < before < now < 1_100
 
 
 def test_a_training_that_is_killed_at_its_end_has_nothing_left_to_do(tmp_path):
@@ -156,7 +203,8 @@ def test_a_checkpoint_of_another_model_is_begun_again(tmp_path, caplog, make):
 
     with pytest.raises(Killed):
         train(wider if make is network else network, tmp_path / "c.npz", KillAfter(3))
-    history, _, _ = train(make, tmp_path / "c.npz", KillAfter(99))
+    history, _, began = train(make, tmp_path / "c.npz", KillAfter(99))
+    assert began == 0
     assert "is of another model or other callbacks: begun again" in caplog.text
     np.testing.assert_allclose(history["loss"], train(make)[0]["loss"], rtol=1e-5)
 

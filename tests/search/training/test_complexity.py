@@ -278,6 +278,20 @@ def test_tensorflow_counts_the_same(build):
     assert complexity.flops(model) == pytest.approx(counted_by_tensorflow(model), rel=0.01)
 
 
+def test_a_training_step_keeps_tensors_from_the_first_trained_layer_on():
+    """What comes before has no gradient; a frozen layer behind hands one on."""
+    stem, trained, behind = (layers.Conv2D(n, 3, padding="same") for n in (7, 2, 5))
+    stem.trainable = behind.trainable = False
+    inputs = keras.Input((8, 8, 1))
+    x = stem(layers.Rescaling(1 / 255)(inputs))
+    x = layers.Flatten()(behind(layers.ReLU()(trained(x))))
+    model = keras.Model(inputs, layers.Dense(3)(x))
+    in_training = trained.count_params() + model.layers[-1].count_params()
+    numbers = 64 * (2 + 2 + 5 + 5) + 3  # with the activation's, and the same again, flattened
+    expected = 4 * (model.count_params() + 3 * in_training + 2 * 10 * numbers)
+    assert complexity.training_bytes(model, 10) == expected
+
+
 def test_counting_takes_a_few_milliseconds():
     model = of_space(ResNet, {"num_stages": 4, "blocks_per_stage": 3})
     seconds = []

@@ -26,11 +26,11 @@ NUM_BYTES = 2 * NUM_IMAGES * 32 + 4 * 2_000 * 32  # on disk: float16, and the sa
 
 # The same, slowly, in a process of its own: one line for every chunk.
 COMPUTE = f"""
-import sys, time
+import pathlib, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from tests.search import test_feature_store as t
+from tests.search.training import test_feature_store as t
 
-store = t.FeatureStore(t.Path(sys.argv[1]), t.LARGE)
+store = t.FeatureStore(pathlib.Path(sys.argv[1]), t.LARGE)
 for seed in (0, 1):
     parts = t.cut(seed)
     predict = parts.prefix.predict_on_batch
@@ -239,11 +239,23 @@ def flip(file, at):
         lambda path: flip(path / "features.npy", 20),  # the header
         lambda path: flip(path / "sample.npy", -1_000),
         lambda path: os.truncate(path / "features.npy", 5_000),
+        lambda path: os.truncate(path / "features.npy", 0),  # as a crash of the machine leaves it
+        lambda path: os.truncate(path / "sample.npy", 0),
         lambda path: (path / "meta.json").write_text("[]"),
         lambda path: (path / "meta.json").unlink(),
         lambda path: (path / "sample.npy").unlink(),
     ],
-    ids=["number", "header", "sample", "short", "meta", "no meta", "no sample"],
+    ids=[
+        "number",
+        "header",
+        "sample",
+        "short",
+        "empty",
+        "empty sample",
+        "meta",
+        "no meta",
+        "no sample",
+    ],
 )
 def test_what_is_damaged_is_computed_again(tmp_path, damage, monkeypatch):
     x = images(600)
@@ -342,7 +354,11 @@ def test_only_sound_chunks_are_kept(tmp_path, damaged, left):
     np.testing.assert_array_equal(got, stored(tmp_path / "new", cut())[0])
 
 
-@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 200), os.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda file: os.truncate(file, 200), lambda file: os.truncate(file, 0), os.unlink],
+    ids=["short", "empty", "gone"],
+)
 def test_a_partial_computation_whose_sample_is_damaged(tmp_path, damage):
     partial = killed_after(tmp_path, 4, cut())
     damage(partial / "sample.npy")

@@ -62,6 +62,12 @@ def chain():
     )
 
 
+def adapted():
+    layer = layers.Normalization()
+    layer.adapt(images().astype(np.float32))
+    return layer
+
+
 def residual(x):
     return layers.Add()([conv()(conv()(x)), x])
 
@@ -157,6 +163,7 @@ CUTS = {
     "batch normalization, frozen": (lambda: graph(conv(), normalization()), (256,)),
     "a frozen base": (lambda: graph(base(conv(), normalization())), (256,)),
     "a partly frozen base": (lambda: graph(partly_frozen_base), (4, 4, 4)),
+    "a frozen base behind adapted scaling": (lambda: graph(adapted(), base(conv())), (256,)),
     "dropout": (lambda: graph(conv(), layers.Dropout(0.5), conv(2)), (8, 8, 4)),
     "dropout that drops nothing": (lambda: graph(conv(), layers.Dropout(0.0)), (256,)),
     "noise": (lambda: graph(conv(), layers.MaxPooling2D(), layers.GaussianNoise(1.0)), (4, 4, 4)),
@@ -202,6 +209,8 @@ def own_training():
 NOT_CUT = {
     "nothing frozen": lambda: graph(conv(trainable=True)),
     "no frozen weights": lambda: graph(layers.MaxPooling2D()),
+    # Its weights are constants, but to store what it makes of an image costs more than it does.
+    "next to no work before what is trained": lambda: graph(adapted(), conv(16, trainable=True)),
     "everything frozen": lambda: all_frozen(chain()),
     "augmentation first": lambda: graph(layers.RandomFlip(), conv()),
     "noise first": lambda: graph(layers.GaussianNoise(0.1), conv()),
@@ -514,6 +523,21 @@ def test_validation_batches_are_all_rows_each_time(tmp_path):
         x, labels = (np.concatenate(part) for part in zip(*got, strict=True))
         np.testing.assert_array_equal(x, array[some.positions])
         np.testing.assert_array_equal(labels, y)
+
+
+def test_an_array_is_copied_once_where_tensorflow_cannot_read_its_memory(tmp_path):
+    array, _ = rows(tmp_path)
+    askew = np.frombuffer(bytearray(2) + array.tobytes(), np.float16, offset=2)
+    shared = backend.shareable(askew.reshape(array.shape))
+    locked = shared.view()
+    locked.flags.writeable = False
+    for copy in (shared, backend.shareable(locked)):
+        assert copy.flags.writeable
+        assert copy.ctypes.data % backend._ALIGNMENT == 0
+        assert not np.shares_memory(copy, askew)
+        np.testing.assert_array_equal(copy, array)
+        assert copy.dtype == array.dtype
+        assert backend.shareable(copy) is copy
 
 
 def test_an_array_that_tensorflow_cannot_share(tmp_path):

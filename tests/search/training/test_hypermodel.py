@@ -7,6 +7,7 @@ import keras_tuner
 import numpy as np
 import pytest
 
+from search.training import training
 from search.training.hypermodel import (
     Images,
     Space,
@@ -52,6 +53,45 @@ def test_accuracy_is_measured_beside_the_model_s_own_metrics(metrics):
     figures = model.evaluate(x, y, verbose=0, return_dict=True)
     assert {"loss", "accuracy"} <= set(figures)
     assert len(figures) == 2 + len(metrics)
+
+
+def one_logit(wrap=lambda loss: loss, **options):
+    """For two classes: the second where it is above 0."""
+    inputs = keras.Input((8, 8, 1))
+    last = keras.layers.Dense(1, kernel_initializer="ones", name="logit")
+    model = keras.Model(inputs, last(keras.layers.Flatten()(inputs)))
+    model.compile("sgd", wrap(keras.losses.BinaryCrossentropy(from_logits=True)), **options)
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda loss: loss, lambda loss: [loss], lambda loss: {"logit": loss}],
+    ids=["alone", "in a list", "by name"],
+)
+def test_the_accuracy_of_a_logit_is_the_user_s_own(wrap):
+    own = keras.metrics.BinaryAccuracy("mine", threshold=0.0)
+    model = built(lambda: one_logit(wrap, metrics=[own]), PAIRS)
+    x = np.zeros((4, 8, 8, 1), np.float32)
+    x[:, 0, 0, 0] = [-1.0, 0.2, 0.4, 3.0]  # two lie between the thresholds, 0 and 0.5
+    y = np.array([[0.0], [1.0], [1.0], [1.0]])
+    figures = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert figures["accuracy"] == figures["mine"] == 1.0
+
+
+def test_what_else_a_model_was_compiled_with_stays():
+    given = {"loss_weights": 2.0, "weighted_metrics": ["mae"], "steps_per_execution": 3}
+    model, own = (
+        make()
+        for make in (
+            lambda: built(lambda: one_logit(**given, run_eagerly=True), PAIRS),
+            lambda: one_logit(**given),
+        )
+    )
+    x, y = np.ones((2, 8, 8, 1), np.float32) / 64, np.array([[0.0], [1.0]])
+    figures, expected = (m.evaluate(x, y, verbose=0, return_dict=True) for m in (model, own))
+    assert figures == pytest.approx(expected | {"accuracy": 0.5})
+    assert (model.steps_per_execution, model.run_eagerly) == (3, True)
 
 
 def uncompiled():
@@ -204,6 +244,21 @@ def test_a_fit_of_its_own_is_called_as_kerastuner_calls_it():
     assert kwargs["epochs"] == 3
     assert kwargs["callbacks"] == ["of the space", "of the product"]
     assert kwargs["validation_data"] == (x, y)
+
+
+def test_callbacks_that_a_space_keeps_are_converted_once_each_time():
+    class Keeping(keras_tuner.HyperModel):
+        stopping = keras.callbacks.EarlyStopping("loss", patience=2)
+
+        def callbacks(self, hp):
+            return [self.stopping]
+
+    space = Space(Keeping, DIGITS, 100)
+    for _ in range(2):
+        (callback,) = space.callbacks(None)
+        training.count_in_reports(callback, 3.0, has_validation=True)
+        assert callback.patience == 6
+    assert Keeping.stopping.patience == 2
 
 
 def test_a_fit_that_tunes_epochs_is_not_given_any():

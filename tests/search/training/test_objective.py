@@ -8,7 +8,7 @@ import pytest
 from search import artifacts
 from search.data import datasets
 from search.settings import Settings
-from search.training import training
+from search.training import backend, training
 from search.training.keras_tasks import KerasTasks
 from studies.study import Study
 
@@ -278,6 +278,40 @@ def test_models_are_built_with_the_run_s_precision(precision, policy):
     made = tasks(precision=precision)
     assert made.precision == precision
     assert keras.config.dtype_policy().name == policy
+
+
+@pytest.mark.parametrize("task", ["trial", "retrain"])
+def test_precision_outlives_the_memory_of_the_model_before(task, tmp_path):
+    """Freeing it makes Keras forget the policy."""
+    made = tasks(precision="bfloat16", epochs=0.4)
+    made.trial(Trial(), MESSAGE)
+    backend.release()
+    assert keras.config.dtype_policy().name == "float32"
+    if task == "trial":
+        made.trial(Trial(kind="deep"), MESSAGE)
+    else:
+        params = {"kind": "deep", "units": 4, "rate": 0.5}
+        made.retrain(lambda **_: None, winner(tmp_path, params, share=0.1))
+    *_, hidden, last = Small.model.layers
+    assert (hidden.compute_dtype, last.compute_dtype) == ("bfloat16", "float32")
+
+
+class OwnPolicy(Small):
+    """Chooses the precision itself, of some of its models."""
+
+    def build(self, hp):
+        if hp.Choice("kind", ["linear", "deep"]) == "deep":
+            keras.config.set_dtype_policy("float32")
+        return super().build(hp)
+
+
+def test_a_policy_that_a_space_sets_is_that_of_one_task():
+    made = tasks(OwnPolicy, precision="bfloat16", epochs=0.4)
+    dtypes = []
+    for kind in ("deep", "linear"):
+        made.trial(Trial(kind=kind), MESSAGE)
+        dtypes.append(Small.model.layers[-2].compute_dtype)
+    assert dtypes == ["float32", "bfloat16"]
 
 
 def test_search_and_retraining_never_read_the_test_set(made_up_data, monkeypatch, tmp_path):

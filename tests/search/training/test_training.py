@@ -79,9 +79,14 @@ class Diary(keras.callbacks.Callback):
     ("changed", "steps", "reports_per_epoch"),
     [
         ({}, 2, 3.0),
-        ({"images_per_report": 25}, 2, 2.4),  # whole batches only
-        ({"batch_size": 64}, 1, 3.0),  # at least one
+        ({"images_per_report": 24}, 2, 3.0),  # whole batches only
+        ({"images_per_report": 26}, 3, 2.0),  # as many as come nearest
+        ({"batch_size": 64}, 1, 60 / 64),  # at least one
         ({"images_per_report": 120, "batch_size": 30}, 4, 0.5),
+        # Half a batch is no reason to report after half the images.
+        ({"images_per_report": 500, "batch_size": 64, "num_images": 5_120}, 8, 10.0),
+        ({"images_per_report": 500, "batch_size": 128, "num_images": 5_120}, 4, 10.0),
+        ({"images_per_report": 500, "batch_size": 256, "num_images": 5_120}, 2, 10.0),
     ],
 )
 def test_steps_and_reports_of_a_plan(changed, steps, reports_per_epoch):
@@ -213,6 +218,19 @@ def test_a_figure_that_is_not_finite_stops_and_is_not_reported(name, value):
     assert not report.pruned
 
 
+@pytest.mark.parametrize(
+    ("second", "steps"),
+    [({"epochs": 2}, [1, 2, 3, 4]), ({"epochs": 5, "initial_epoch": 3}, [1, 2, 4, 5])],
+)
+def test_steps_rise_where_a_fit_of_the_user_s_own_trains_twice(second, steps):
+    """As one that trains the head of a network, then all of it; Keras counts anew."""
+    trial, model = Trial(), network()
+    report = Report(trial, 20)
+    for length in ({"epochs": 2}, second):
+        model.fit(*data(), validation_data=data(), callbacks=[report], verbose=0, **length)
+    assert list(trial.reports) == steps
+
+
 # Whole trainings
 
 
@@ -265,12 +283,67 @@ def test_two_trainings_with_the_same_seed_are_the_same():
 
 @pytest.mark.parametrize(
     ("patience", "images_per_report", "num_reports"),
-    [(1, 20, 1 + 3), (2, 20, 1 + 6), (1, 40, 1 + 2), (1, 120, 1 + 1)],
+    [
+        (1, 20, 1 + 3),
+        (2, 20, 1 + 6),
+        (1, 40, 1 + 2),
+        (1, 120, 1 + 1),
+        (0, 20, 1 + 3),  # to Keras as 1: it stops at the first epoch that is no better
+    ],
 )
 def test_patience_is_counted_in_epochs(patience, images_per_report, num_reports):
     stopping = keras.callbacks.EarlyStopping("loss", min_delta=99.0, patience=patience)
     history = train(network(), [stopping], images_per_report=images_per_report, num_reports=12)
     assert len(history["loss"]) == num_reports
+
+
+@pytest.mark.parametrize("patience", [np.int64(2), 2.0])
+def test_patience_may_be_any_number(patience):
+    stopping = keras.callbacks.EarlyStopping(patience=patience)
+    training.count_in_reports(stopping, 3.0, has_validation=True)
+    assert stopping.patience == 6
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 8])
+def test_a_report_ends_where_it_should_whatever_is_executed_at_once(at_once):
+    class Count(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            steps.append(int(self.model.optimizer.iterations))
+
+    steps, model = [], network()
+    model.compile("sgd", model.loss, metrics=["accuracy"], steps_per_execution=at_once)
+    train(model, [Count()], batch_size=5)
+    assert steps == [4, 8, 12]
+
+
+def test_the_epochs_before_a_callback_watches_are_epochs():
+    stopping = keras.callbacks.EarlyStopping("loss", min_delta=99.0, patience=1, start_from_epoch=1)
+    history = train(network(), [stopping], num_reports=12)
+    assert len(history["loss"]) == 3 + 1 + 3
+
+
+@pytest.mark.parametrize("takes_rate", [True, False])
+@pytest.mark.parametrize(
+    ("num_images", "begins"),
+    [(60, [0, 3, 6]), (50, [0, 3, 5, 8])],  # an epoch is 3 reports, or 2.5
+)
+def test_a_schedule_is_asked_once_an_epoch(takes_rate, num_images, begins):
+    asked, diary = [], Diary()
+
+    def by_epoch(epoch):
+        asked.append(epoch)
+        return 0.5**epoch
+
+    def by_epoch_and_rate(epoch, rate):
+        asked.append(epoch)
+        return rate * 0.5 if epoch else rate
+
+    schedule = by_epoch_and_rate if takes_rate else by_epoch
+    callbacks = [keras.callbacks.LearningRateScheduler(schedule), diary]
+    train(network(learning_rate=1.0), callbacks, num_images=num_images, num_reports=9)
+    assert asked == list(range(len(begins)))
+    epochs = [sum(begin <= report for begin in begins) - 1 for report in range(9)]
+    assert diary.rates == [0.5**epoch for epoch in epochs]
 
 
 def test_a_plateau_and_its_cooldown_are_counted_in_epochs():
@@ -318,6 +391,18 @@ def test_progress_is_told_at_each_report():
     assert [(figures["step"], figures["of"]) for figures in told] == [(1, 3), (2, 3), (3, 3)]
     assert all(0 <= figures["accuracy"] <= 1 for figures in told)
     assert all(figures["images_per_second"] > 0 for figures in told)
+
+
+def test_the_seconds_of_a_training_are_those_of_its_reports(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("search.training.training.time.monotonic", lambda: now[0])
+    progress = training.Progress(lambda **_: None, 2, 100)
+    for epoch, (before, seconds) in enumerate([(50.0, 2.0), (0.0, 3.0)]):
+        now[0] += before  # the model is built, its first checkpoint read
+        progress.on_epoch_begin(epoch)
+        now[0] += seconds
+        progress.on_epoch_end(epoch, {"loss": 1.0})
+    assert progress.seconds == 5.0
 
 
 @pytest.mark.fault("N1")
@@ -370,6 +455,7 @@ def test_labels_of_a_model_that_ends_in_one_number():
         ("mse", True),
         (own_sparse_loss, False),
         (own_one_hot_loss, True),
+        (["sparse_categorical_crossentropy"], False),
     ],
 )
 def test_labels_are_what_the_loss_takes(loss, is_one_hot):

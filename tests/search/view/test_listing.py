@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
+import yaml
 from optuna.trial import TrialState
 
 from search import results
 from search.errors import SearchError
+from search.journey import Outcome
 from search.storage import storage
 from search.view import listing
 from search.view.textplot import curves, sparkline
+from search.winners import export
+from search.winners.repeat import Repeated
 from tests.command import ROOT
 
 ATTEMPTS = [
@@ -155,3 +162,207 @@ def test_one_seed_has_no_spread():
     part = {"mean": {"accuracy": 0.91234}, "std": {"accuracy": 0.001}}
     assert results.spread(part, "accuracy", 1) == "0.9123"
     assert results.spread(part, "accuracy", 2) == "0.9123 ± 0.0010"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.1234, "0.1234"),
+        (0.98765, "0.9877"),
+        (-0.5, "-0.5000"),
+        (0, "0.0000"),
+        (None, ""),
+        # Where four decimals would say nothing, or too much.
+        (3e-06, "3e-06"),
+        (-0.00012344, "-0.0001234"),
+        (0.001, "0.0010"),
+        (99_999.0, "99999.0000"),
+        (123456.7, "1.235e+05"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_a_value_as_it_is_read(value, text):
+    assert results.decimal(value) == text
+
+
+def test_a_tiny_value_is_read_everywhere(capsys):
+    study = optuna.create_study(study_name="tiny", direction="maximize")
+    study.add_trial(optuna.trial.create_trial(value=3e-06, intermediate_values={1: 2e-06}))
+    listing.print_leaderboard(study, Path("runs/tiny"), 20)
+    listing.print_trial(study, results.detail(study, 0))
+    listing.print_outcome(outcome(best=(0, 3e-06)), "--study tiny")
+    shown = capsys.readouterr().out
+    assert shown.count("3e-06") == 3
+    assert "0.0000" not in shown
+
+
+# What a user may call things, and what an error may say.
+ODD = ["a [bold] b", "[/bold]", "[red]x[/red]", r"\[x]", "[1, 2]", ":x: :key:"]
+
+
+def outcome(folder=Path("runs/mine"), kind="space", best=None, metrics=None):
+    settings = SimpleNamespace(name="mine", kind=kind, trials=2)
+    return Outcome(folder, "", settings, 2, best, metrics)
+
+
+def winner(**changed):
+    part = {"mean": {"accuracy": 0.9, "loss": 0.5}, "std": {"accuracy": 0.0, "loss": 0.0}}
+    return {
+        "params": {"model": "mlp"},
+        "seeds": [{}],
+        "epochs": 3.0,
+        "parameters": 7,
+        "weights": None,
+        "published": {},
+        **dict.fromkeys(("train", "validation", "test"), part),
+        **changed,
+    }
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """A terminal of 40 columns."""
+    monkeypatch.setattr(listing._console, "width", 40)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_paths_and_options_are_shown_as_they_are_and_whole(tmp_path, capsys, narrow, odd):
+    folder = tmp_path / odd
+    folder.mkdir(parents=True)  # one has a / in it
+    (folder / "report.html").touch()
+    options = f"--study '{odd}.py' --out '{folder}'"
+    listing.print_outcome(outcome(folder), options)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"report: {folder}/report.html" in lines
+    for command in ("show", "export", "dashboard"):
+        assert f"  fmnist-search {command} {options}" in lines
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_reasons_are_shown_as_they_are(capsys, odd):
+    listing.print_repeated(Repeated(3, {1: 0.5}, {1: 0.5}, "error", odd, "complete"))
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"trial 3: another curve, largest difference 0.0000; error ({odd}), stored: complete"
+    )
+    study = optuna.create_study(study_name="mine", direction="maximize")
+    said = {"host": odd, "reason": f"killed {odd}", "detail": f"{odd}\nlast words"}
+    attrs = {"reason": f"error: {odd}", "attempts": [ATTEMPTS[0] | said]}
+    study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=attrs))
+    listing.print_trial(study, results.detail(study, 0))
+    shown = capsys.readouterr().out
+    assert f"error: {odd}\n" in shown
+    assert re.search(rf"1 +{re.escape(odd)} +gpu 0 +7 .* killed {re.escape(f'{odd} ({odd})')}", shown)
+
+
+def test_a_trial_without_reports_has_a_value_and_no_curve(capsys):
+    listing.print_repeated(Repeated(3, {}, {}, "complete", "", "complete", (0.5, 0.5)))
+    assert "trial 3: the same value, largest difference 0.0000; complete\n" in capsys.readouterr().out
+    listing.print_repeated(Repeated(3, {}, {}, "complete", "", "complete", (0.5, 0.75)))
+    assert "trial 3: another value, largest difference 0.2500; complete\n" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_points_that_are_compared_are_shown_as_they_are(capsys, odd):
+    begun = winner(params={"model": odd}, weights=f"weights of {odd}.keras")
+    other = winner(params={"model": f"other {odd}"}, published={"val_loss": 0.25})
+    figures = {"winners": [begun, other], "search": {"seconds": 5.0}}
+    listing.print_outcome(outcome(kind="comparison", metrics=figures), "--study mine")
+    lines = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert [f"{odd} (weights of {odd}.keras)", *["0.9000"] * 3, "1", "3.0", "7"] in [
+        line[:7] for line in lines
+    ]
+    assert [f"other {odd}", "validation loss", "0.2500", "0.5000", "+0.2500"] in [
+        line[:5] for line in lines
+    ]
+
+
+def test_a_published_figure_that_is_not_measured_here_is_said_to_be_so(capsys):
+    published = {"train_top5": 0.98765, "test_accuracy": 0.8}
+    figures = {"winners": [winner(published=published)], "search": {"seconds": 5.0}}
+    assert list(results.published(figures["winners"][0])) == [
+        ("train top5", "0.9877", "not measured", ""),
+        ("test accuracy", "0.8000", "0.9000", "+0.1000"),
+    ]
+    listing.print_outcome(outcome(kind="comparison", metrics=figures), "--study mine")
+    assert re.search(r"mlp +train top5 +0.9877 +not measured", capsys.readouterr().out)
+
+
+def test_published_figures_stand_beside_those_of_several_seeds_with_their_spread():
+    part = {"mean": {"loss": 0.5}, "std": {"loss": 0.125}}
+    made = winner(seeds=[{}, {}], validation=part, published={"val_loss": 0.75})
+    assert list(results.published(made)) == [
+        ("validation loss", "0.7500", "0.5000 ± 0.1250", "-0.2500")
+    ]
+
+
+COMPLETE, BEHIND = (TrialState.COMPLETE, ""), (TrialState.PRUNED, "pruned: behind at report 2")
+DIVERGED = TrialState.PRUNED, "diverged: loss was nan"
+FAILED = TrialState.FAIL, "error: ValueError"
+
+
+@pytest.mark.parametrize(
+    ("ends", "share"),
+    [
+        ([(COMPLETE, 10), (COMPLETE, 10)], 0.0),
+        ([(COMPLETE, 10), (BEHIND, 2)], 8 / 20),
+        ([(COMPLETE, 10), (BEHIND, 2), (BEHIND, 5), (BEHIND, 10)], 13 / 40),
+        ([(COMPLETE, 4)], 0.0),  # it stopped itself: no pruner saved that
+        ([(COMPLETE, 4), (BEHIND, 2)], 8 / 14),
+        ([(COMPLETE, 10), (DIVERGED, 2), (FAILED, 1)], 0.0),
+        ([(BEHIND, 2), (DIVERGED, 2), (FAILED, 1)], 8 / 10),
+        # A HyperModel's own fit may report more often than its space says.
+        ([(COMPLETE, 25)], 0.0),
+        ([(COMPLETE, 25), (BEHIND, 12)], 0.0),
+        ([(COMPLETE, 20), (BEHIND, 12), (BEHIND, 2)], 8 / 42),
+        ([], 0.0),
+    ],
+)
+def test_pruning_saves_what_the_pruned_trials_would_have_trained(ends, share):
+    study = optuna.create_study(study_name="mine", direction="maximize")
+    study.set_user_attr("run", {"num_reports": 10})
+    for (state, reason), reports in ends:
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                value=0.5 if state == TrialState.COMPLETE else None,
+                intermediate_values=dict.fromkeys(range(1, reports + 1), 0.5),
+                user_attrs={"reason": reason} if reason else {},
+            )
+        )
+    assert results.saved_share(study) == pytest.approx(share)
+
+
+def exported(format_, kind="space", **params):
+    """The leaderboard of a study with one trial of these params, read again."""
+    study = optuna.create_study(study_name="mine", direction="maximize")
+    study.set_user_attr("run", {"fixed": {"kind": kind}})
+    ranges = dict.fromkeys(params, optuna.distributions.IntDistribution(0, 99))
+    study.add_trial(optuna.trial.create_trial(value=0.5, params=params, distributions=ranges))
+    text = export.leaderboard(study, study.trials, format_)
+    if format_ == "csv":
+        return list(csv.DictReader(text.splitlines()))
+    return json.loads(text) if format_ == "json" else yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("space", "validation_accuracy"), ("objective", "value")]
+)
+def test_what_is_exported_is_named_what_it_is(kind, name):
+    for format_ in ("json", "yaml"):
+        assert exported(format_, kind, units=8) == [{"trial": 0, name: 0.5, "params": {"units": 8}}]
+    assert exported("csv", kind, units=8) == [{"trial": "0", name: "0.5", "units": "8"}]
+
+
+def test_a_hyperparameter_named_as_a_column_does_not_take_its_place():
+    assert exported("csv", trial=7, units=8) == [
+        {"trial": "0", "validation_accuracy": "0.5", "params_trial": "7", "units": "8"}
+    ]
+    assert exported("csv", "objective", value=7, params=8, validation_accuracy=9) == [
+        {"trial": "0", "value": "0.5", "params_value": "7", "params": "8",
+         "validation_accuracy": "9"}
+    ]  # fmt: skip
+    assert exported("json", trial=7) == [
+        {"trial": 0, "validation_accuracy": 0.5, "params": {"trial": 7}}
+    ]

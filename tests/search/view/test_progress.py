@@ -138,6 +138,21 @@ def test_the_time_left_knows_the_budget_and_what_is_cleared_up():
     assert seconds_left(done, workers[:1]) == 0
 
 
+@pytest.mark.parametrize(
+    ("status", "seconds"),
+    [
+        ({"step": 10}, 30),  # its own ten reports
+        ({"step": 10, "before": 0}, 30),
+        # Nine of them were an earlier attempt's: it goes on at 30 s a report, and not at 3.
+        ({"step": 10, "before": 9}, 300),
+        ({"step": 12, "before": 9}, 80),
+    ],
+)
+def test_the_time_left_of_a_trial_that_goes_on_is_at_its_pace_of_now(status, seconds):
+    made, worker = Picture("searching", 1, 20), busy(0, 0, 30.0, of=20, **status)
+    assert seconds_left(made, [worker]) == pytest.approx(seconds, rel=0.01)
+
+
 def test_nothing_is_said_of_the_time_before_anything_is_known():
     assert seconds_left(Picture("searching", 10, 20), [slot(0)]) is None
     assert "left" not in "".join(rendered(Picture("searching", 10, 20), [slot(0)], 80))

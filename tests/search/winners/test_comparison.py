@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from search.data import datasets
+from search.journey import _Journey
 from search.storage import storage
 from search.winners import comparison
 from search.winners.retrain import Job
@@ -139,10 +141,9 @@ def test_published_figures_stand_beside_but_not_beside_random_weights(compared):
     lines = [line.split() for line in output.splitlines()]
     here = better["test"]["mean"]["accuracy"]
     difference = f"{here - 0.75:+.4f}"
-    assert next(line for line in lines if "test_accuracy" in line and line[0] == "32")[-1] == (
-        difference
-    )
-    assert not [line for line in lines if "test_accuracy" in line and line[0] == "2"]
+    (figures,) = [line for line in lines if line[:3] == ["32", "test", "accuracy"]]
+    assert figures[-1] == difference
+    assert not [line for line in lines if line[:3] == ["2", "test", "accuracy"]]
     assert "2 (random weights)" in output
     assert {"train", "validation", "test"} <= better.keys()
 
@@ -227,3 +228,13 @@ def test_points_are_told_in_order_once_all_their_seeds_are_trained():
         ("COMPLETE", 0.5), ("COMPLETE", 0.5), ("FAIL", None)
     ]  # fmt: skip
     assert comparison.tell(study, jobs) == []
+
+
+def test_a_comparison_that_is_trained_again_was_told_its_precision_of_now():
+    # All its trials are finished, but a search's would still be those of the precision before.
+    run = {"told": {"precision": "bfloat16", "sampler": "random"}}
+    journey = SimpleNamespace(_run=lambda: run, _num_finished=lambda: 2)
+    fields = {"trials": 2, "sampler": "tpe", "pruner": "asha", "final_epochs": None}
+    for kind, precision in (("comparison", "float32"), ("space", "bfloat16")):
+        told = _Journey._told(journey, SimpleNamespace(kind=kind, **fields), "float32")
+        assert told["precision"] == precision

@@ -111,6 +111,59 @@ def test_logits_become_probabilities(outputs, probabilities):
     np.testing.assert_allclose(given, probabilities, rtol=1e-6)
 
 
+def softmax(outputs):
+    powers = np.exp(outputs)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def of_second(outputs):
+    return np.concatenate([1 - outputs, outputs], axis=1)
+
+
+@pytest.mark.parametrize("behind", ["nothing", "a cast", "a model around it"])
+@pytest.mark.parametrize(
+    ("units", "activation", "expected"),
+    [
+        (1, "linear", lambda x: of_second(1 / (1 + np.exp(-x)))),
+        (1, "sigmoid", lambda x: of_second(1 / (1 + np.exp(-x)))),
+        (3, "linear", softmax),
+        (3, "softmax", softmax),
+    ],
+)
+def test_what_a_model_ends_in_says_what_its_outputs_are(
+    tmp_path, units, activation, expected, behind
+):
+    """Not where they lie: these are between 0 and 1, whatever they are."""
+    import keras
+
+    layers = [keras.layers.Rescaling(1 / 255), keras.layers.Flatten()]
+    model = keras.Sequential([keras.Input((1, 1, 1)), *layers])
+    model.add(keras.layers.Dense(units, activation, use_bias=False))
+    kernel = np.linspace(1, 0.5, units)[np.newaxis]
+    model.set_weights([kernel])
+    if behind == "a cast":  # as Keras's guide to mixed precision ends a model
+        model.add(keras.layers.Activation("linear", dtype="float32"))
+    elif behind != "nothing":
+        model = keras.Sequential([keras.Input((1, 1, 1)), model])
+    model.save(tmp_path / "m.keras")
+    x = np.array([51, 204, 255], np.uint8).reshape(3, 1, 1, 1)
+    given = evaluation.predict(tmp_path / "m.keras", x)
+    np.testing.assert_allclose(given, expected(x.reshape(3, 1) / 255 @ kernel), rtol=1e-5)
+
+
+def test_where_a_model_s_end_says_nothing_its_outputs_do(tmp_path):
+    """As of one that was trained on labels of -1 and 1."""
+    import keras
+
+    layers = [keras.layers.Flatten(), keras.layers.Dense(1, "tanh", kernel_initializer="ones")]
+    keras.Sequential([keras.Input((1, 1, 1)), keras.layers.Rescaling(2, -255), *layers]).save(
+        tmp_path / "m.keras"
+    )
+    given = evaluation.predict(tmp_path / "m.keras", np.array([[[[0]]], [[[255]]]], np.uint8))
+    assert given.min() > 0
+    assert given.argmax(axis=1).tolist() == [0, 1]
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """A data set of 700 test images: a full batch and a rest. Its training set may not be read."""

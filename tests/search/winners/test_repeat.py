@@ -6,8 +6,12 @@ import sqlite3
 import subprocess
 import sys
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 
+from search.view.progress import View
+from search.winners import repeat
 from search.winners.repeat import TOLERANCE, Repeated
 from tests.command import ROOT
 
@@ -26,6 +30,83 @@ def test_what_the_same_curve_is(now, is_same, difference):
     repeated = Repeated(3, {1: 0.5, 2: 0.75}, now, "complete", "")
     assert repeated.is_same is is_same
     assert repeated.difference == pytest.approx(difference)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "ended", "values", "is_same"),
+    [
+        ("complete", "complete", (0.75, 0.75), True),
+        ("error", "complete", (0.75, None), False),
+        ("complete", "error", (None, 0.75), False),
+        ("pruned", "pruned", (0.75, None), True),  # Optuna's value of it is its last report
+        ("diverged", "pruned", (0.75, None), False),
+        ("complete", "complete", (0.75, 0.8), False),  # the value need not be a report's
+        ("pruned", "", (0.75, None), True),  # its search ended it: a limit of time, a kill
+    ],
+)
+def test_the_same_curve_ends_the_same_way(outcome, ended, values, is_same):
+    curve = {1: 0.5, 2: 0.75}
+    repeated = Repeated(3, curve, curve, outcome, "", ended, values)
+    assert repeated.is_same is is_same
+
+
+@pytest.mark.parametrize(
+    ("now", "is_same", "difference"),
+    [(0.5, True, 0.0), (0.5 + TOLERANCE / 2, True, TOLERANCE / 2), (0.75, False, 0.25)],
+)
+def test_trials_without_reports_are_compared_by_their_values(now, is_same, difference):
+    repeated = Repeated(3, {}, {}, "complete", "", "complete", (0.5, now))
+    assert repeated.is_same is is_same
+    assert repeated.difference == pytest.approx(difference)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "ended"),
+    [
+        (TrialState.COMPLETE, "", "complete"),
+        (TrialState.PRUNED, "pruned: behind at report 4", "pruned"),
+        (TrialState.PRUNED, "diverged: loss was nan at report 2", "diverged"),
+        (TrialState.FAIL, "error: ValueError: shapes", "error"),
+        # Not the point's own end: it may train to its end today.
+        (TrialState.FAIL, "killed: its worker ended by signal 9, 3 times", ""),
+        (TrialState.FAIL, "timeout: no report in 90 s, 3 times", ""),
+        (TrialState.PRUNED, "out_of_memory: no memory", ""),
+    ],
+)
+def test_how_a_stored_trial_ended_of_itself(state, reason, ended):
+    stored = optuna.trial.create_trial(
+        state=state,
+        value=0.5 if state == TrialState.COMPLETE else None,
+        user_attrs={"reason": reason} if reason else {},
+    )
+    assert repeat._ended(stored) == ended
+
+
+@pytest.mark.parametrize(
+    ("stored", "precision"),
+    [
+        ({"told": {"precision": "float32"}}, "float32"),  # its winners have had another
+        ({}, "bfloat16"),  # of an earlier version
+        ({"told": {"final_epochs": None}}, "bfloat16"),  # of one, and retrained by this version
+    ],
+)
+def test_a_trial_is_repeated_in_its_search_s_precision(monkeypatch, tmp_path, stored, precision):
+    study = optuna.create_study()
+    study.set_user_attr("run", {"described": {}, "precision": "bfloat16", **stored})
+    unit = optuna.distributions.FloatDistribution(0, 1)
+    trial = optuna.trial.create_trial(value=0.5, params={"x": 0.5}, distributions={"x": unit})
+    study.add_trial(trial)
+
+    class ResolvedError(Exception):
+        pass
+
+    def resolved(described, file, options):
+        raise ResolvedError(options["precision"])
+
+    monkeypatch.setattr(repeat, "resolve", resolved)
+    options = {"precision": stored.get("told", {}).get("precision")}
+    with pytest.raises(ResolvedError, match=f"^{precision}$"):
+        repeat.repeat(study, 0, tmp_path / "mine.py", tmp_path, options, View(-1))
 
 
 def run(folder, *arguments):

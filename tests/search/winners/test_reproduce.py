@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from search.errors import SearchError
+from search.sampling import seed_for
 from search.winners.inference import read_metrics
-from search.winners.reproduce import read_config
+from search.winners.reproduce import _jobs, read_config
 
 CONFIG = {
     "study": "quickstart",
@@ -92,6 +93,31 @@ def test_a_config_without_seeds_is_refused(tmp_path):
     config = CONFIG | {"training": CONFIG["training"] | {"seeds": []}}
     with pytest.raises(SearchError, match=r"training\.seeds is empty"):
         read_config(write(tmp_path, config))
+
+
+def of_winner(index):
+    return seed_for(0, "winner", CONFIG["trial"], index)
+
+
+@pytest.mark.parametrize(
+    ("stored", "num_seeds", "trained"),
+    [
+        ([0, 1], None, [0, 1]),
+        ([0, 1], 1, [0]),
+        ([0, 1], 4, [0, 1, 2, 3]),
+        # One that diverged is not in the config: those that are keep their places.
+        ([1, 2], None, [1, 2]),
+        ([1, 2], 4, [1, 2, 0, 3]),
+        ([0, 2], 5, [0, 2, 1, 3, 4]),
+    ],
+)
+def test_more_seeds_are_others_than_those_of_the_config(stored, num_seeds, trained):
+    seeds = [of_winner(index) for index in stored]
+    config = CONFIG | {"training": CONFIG["training"] | {"seeds": seeds}}
+    jobs = _jobs(config, num_seeds, {"precision": "float32"})
+    assert [job.seed for job in jobs] == [of_winner(index) for index in trained]
+    assert [job.index for job in jobs] == list(range(len(trained)))
+    assert config["training"]["seeds"] == seeds
 
 
 def test_a_run_without_metrics_says_what_to_do_first(tmp_path):

@@ -1,5 +1,6 @@
 """Which winners are trained how long, on how many cores, and what is done again."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def settings(**changed):
 def study(tmp_path):
     """Three complete trials of 8 reports; trial 1 is the best, at its sixth report."""
     study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
-    study.set_user_attr("run", {"num_reports": 8})
+    study.set_user_attr("run", {"num_reports": 8, "precision": "float32"})
     for value in (0.7, 0.9, 0.8):
         trial = study.ask()
         trial.suggest_float("x", 0, 1)
@@ -199,6 +200,82 @@ def test_pictures_are_those_of_the_first_seed_and_made_again_where_missing(study
     assert [content["task"] for _, _, content in pool.given] == ["evaluate"]
 
 
+def test_where_the_first_seed_diverges_the_pictures_are_those_of_the_next(study, tmp_path):
+    pool = pool_of(tmp_path, num_slots=1)
+    work = pool._script
+
+    def diverges_first(trial, attempt):
+        if pool.given[-1][2].get("path", "").endswith("trial-1-seed-0.keras"):
+            yield {"type": "finished", "outcome": "diverged", "reason": "loss was nan", "rss": 1}
+        yield from work(trial, attempt)
+
+    pool._script = diverges_first
+    retraining = retrain(study, tmp_path, pool, top=2, seeds=3)
+    shown = {job.stem for job in retraining.jobs if "pictures" in job.record}
+    assert shown == {"trial-1-seed-1", "trial-2-seed-0"}
+    drawn = [Path(of["pictures"]).name for of in given(pool, "evaluate") if of["pictures"]]
+    assert drawn == ["trial-1-seed-1-pictures.npz", "trial-2-seed-0-pictures.npz"]
+    record = retraining.jobs[1].record
+    assert record["pictures_sha256"] == artifacts.sha256(tmp_path / record["pictures"])
+
+
+def test_another_precision_is_trained_and_measured_again(study, tmp_path):
+    first = retrain(study, tmp_path, pool_of(tmp_path), seeds=1)
+    assert first.jobs[0].record["precision"] == "float32"
+    study.set_user_attr("run", {"num_reports": 8, "precision": "bfloat16"})
+    pool = pool_of(tmp_path)
+    again = retrain(study, tmp_path, pool, seeds=1)
+    assert [content["task"] for _, _, content in pool.given] == ["retrain", "evaluate"]
+    assert again.jobs[0].record["precision"] == "bfloat16"
+    pool = pool_of(tmp_path)
+    retrain(study, tmp_path, pool, seeds=1)
+    assert pool.given == []
+
+
+def test_what_an_earlier_version_has_trained_is_not_trained_again_for_its_precision(
+    study, tmp_path
+):
+    for job in retrain(study, tmp_path, pool_of(tmp_path), seeds=2).jobs:
+        del job.record["precision"]
+        study.set_user_attr(job.key, job.record)
+    pool = pool_of(tmp_path)
+    assert retrain(study, tmp_path, pool, seeds=2).is_done()
+    assert pool.given == []
+
+
+@pytest.mark.parametrize(("said", "low", "high"), [(4321.5, 4321.5, 4321.5), (None, 0.0, 60.0)])
+def test_the_seconds_of_a_training_are_those_that_its_worker_says(study, tmp_path, said, low, high):
+    pool = pool_of(tmp_path)
+    work = pool._script
+
+    def script(trial, attempt):
+        for message in work(trial, attempt):
+            yield message if said is None else {**message, "seconds": said}
+
+    pool._script = script
+    (job,) = retrain(study, tmp_path, pool, seeds=1).jobs
+    assert low <= job.record["seconds"] <= high
+    assert job.record["start"] == pytest.approx(time.time() - job.record["seconds"], abs=60)
+
+
+def test_the_reports_before_a_training_that_goes_on_are_none_of_this_attempt_s(study, tmp_path):
+    pool = pool_of(tmp_path, num_slots=1)
+    work, seen = pool._script, []
+
+    def script(trial, attempt):
+        if pool.given[-1][2]["task"] == "retrain":
+            pool.slots[0].status = {}  # as a pool does that gives a task
+            yield {"type": "progress", "note": "activations: 1 of 2"}
+            for step in (10, 11):
+                yield {"type": "progress", "step": step, "of": 20}
+                seen.append(dict(pool.slots[0].status))
+        yield from work(trial, attempt)
+
+    pool._script = script
+    retrain(study, tmp_path, pool, seeds=1)
+    assert [(status["step"], status["before"]) for status in seen] == [(10, 9), (11, 9)]
+
+
 def test_a_run_of_an_earlier_version_is_not_measured_again_for_pictures(study, tmp_path):
     for job in retrain(study, tmp_path, pool_of(tmp_path), seeds=1).jobs:
         for name in ("pictures", "pictures_sha256"):
@@ -331,7 +408,7 @@ def test_a_job_that_fails_ends_the_run_with_the_reason(study, tmp_path, end, why
 
 def test_nothing_complete_is_nothing_usable(tmp_path):
     study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
-    study.set_user_attr("run", {"num_reports": 8})
+    study.set_user_attr("run", {"num_reports": 8, "precision": "float32"})
     with pytest.raises(SearchError, match="no trial of 'mine' is complete") as caught:
         jobs_of(study, settings())
     assert caught.value.exit_code == 5

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from search.workers import relay
+from search.workers.devices import Device
 from search.workers.ray import _fraction
 
 
@@ -55,6 +56,41 @@ def test_a_file_comes_to_a_node_once(tmp_path, monkeypatch):
         for path, content in contents.items():
             assert Path(node._translated(path)).read_bytes() == content
     assert len(fetched) == 1
+
+
+def test_what_lies_beside_the_package_is_brought_too(tmp_path, monkeypatch):
+    """In a checkout the package's root is the user's folder, with data and runs."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda content: content))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    node = relay.Relay("run", "/checkout/runs/mine", "/checkout")
+    node._node.mkdir(parents=True)
+    files = {"/checkout/photos.npz": b"data", "/checkout/runs/mine/models/m.keras": b"model"}
+    node._place({path: (hashlib.sha256(data).hexdigest(), data) for path, data in files.items()})
+    for path, content in files.items():
+        assert Path(node._translated(path)).read_bytes() == content
+    node._place({"/checkout/studies/cnn.py": ("0" * 64, None)})  # each node has its own
+    assert node._translated("/checkout/studies/cnn.py") == str(relay.ROOT / "studies/cnn.py")
+
+
+def test_a_message_whose_files_cannot_be_placed_ends_the_worker_and_says_why(tmp_path, monkeypatch):
+    """Nobody waits for the call that passes it on: unsaid, the run would wait for ever."""
+
+    def lost(reference):
+        raise OSError("no space left on device")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lost))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = tmp_path / "run"
+    node = relay.Relay("run", str(folder), "/elsewhere")
+    environment = dict(os.environ)
+    node.begin(0, Device(1), str(tmp_path / "home"), "tensorflow", {}, relay.versions())
+    monkeypatch.setattr(os, "environ", environment)  # the node's process is this one, here
+    node.send(b'{"type": "prepare"}', {"/data.npz": ("0" * 64, b"")})
+    assert node.receive() == b""
+    assert node.end() == (
+        False,
+        "could not be given its files: OSError: no space left on device",
+    )
 
 
 @pytest.mark.parametrize(

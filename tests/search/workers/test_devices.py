@@ -1,0 +1,77 @@
+"""What a worker may use: GPUs, cores and memory, as the machine and its control groups say."""
+
+from __future__ import annotations
+
+import pytest
+
+from search.workers import cgroup, devices
+
+LISTING = """\
+GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77)
+  MIG 1g.5gb      Device  0: (UUID: MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f)
+  MIG 1g.5gb      Device  1: (UUID: MIG-cba663e8-9bed-5b25-b243-5985ef7c9beb)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-6fa7bf1a-1f4c-4d1f-9a0e-1c0a2f0b7d10)
+"""
+
+
+def test_a_gpu_that_is_divided_counts_by_its_instances():
+    instances = [
+        "MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f",
+        "MIG-cba663e8-9bed-5b25-b243-5985ef7c9beb",
+    ]
+    assert devices._names(LISTING) == [*instances, "1"]
+    assert devices._names("") == []
+
+
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    """Makes control groups: what /proc/self/cgroup says, and files below /sys/fs/cgroup."""
+
+    def group(groups: str, files: dict[str, str]):
+        monkeypatch.setattr(cgroup, "ROOT", tmp_path / "fs")
+        monkeypatch.setattr(cgroup, "GROUPS", tmp_path / "groups")
+        (tmp_path / "groups").write_text(groups)
+        for name, content in files.items():
+            path = tmp_path / "fs" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+
+    return group
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores", "memory"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000\n", "memory.max": "max\n"}, None, None),
+        ("0::/\n", {"cpu.max": "250000 100000\n", "memory.max": "1073741824\n"}, 2.5, 2**30),
+        # A service: its slice has a limit of its own, and the smaller one holds.
+        ("0::/my.slice/my.service\n",
+         {"my.slice/cpu.max": "200000 100000\n", "my.slice/my.service/cpu.max": "800000 100000\n",
+          "my.slice/memory.max": "max\n", "my.slice/my.service/memory.max": "1000\n"}, 2.0, 1000),
+        # Version 1, in a container: the own group is the root of what is mounted.
+        ("5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n",
+         {"cpu/cpu.cfs_quota_us": "150000\n", "memory/memory.limit_in_bytes": "2048\n"}, 1.5, 2048),
+        ("5:cpu,cpuacct:/\n4:memory:/\n",
+         {"cpu/cpu.cfs_quota_us": "-1\n", "memory/memory.limit_in_bytes": f"{2**63 - 4096}\n"},
+         None, None),
+        ("", {}, None, None),
+    ],
+)  # fmt: skip
+def test_limits_of_every_version_and_place(group, groups, files, cores, memory):
+    group(groups, files)
+    assert (cgroup.cores(), cgroup.memory()) == (cores, memory)
+
+
+def test_workers_are_as_many_as_the_quota_lets_run(group, monkeypatch):
+    monkeypatch.setattr(devices, "gpus", lambda: [])
+    group("0::/\n", {"cpu.max": "100000 100000\n"})
+    assert devices.cores() == 1
+    assert len(devices.share_out("auto")) == 1
+
+
+def test_kills_for_memory_are_those_of_the_own_group(group):
+    events = "low 0\noom 9\noom_kill {}\n"
+    group("0::/mine\n", {"mine/memory.events": events.format(3), "memory.events": events.format(7)})
+    assert cgroup.oom_kills() == 3
+    group("0::/\n", {"memory.events": "low 0\n"})
+    assert cgroup.oom_kills() == 0
