@@ -286,7 +286,7 @@ class _Journey:
         """What may change from one call to the next. One that has nothing left to search keeps what
         the search was told: its trials are those of another sampler, pruner and precision."""
         told: dict[str, Any] = {"final_epochs": settings.final_epochs}
-        if self._num_finished() < settings.trials:
+        if settings.kind == "comparison" or self._num_finished() < settings.trials:
             told |= {name: getattr(settings, name) for name in ("trials", "sampler", "pruner")}
             told["precision"] = precision
         return (self._run() or {}).get("told", {}) | told

@@ -119,7 +119,10 @@ def command(run: Run) -> str:
         if final_epochs not in (None, described.get("final_epochs")):
             words += ["--final-epochs", f"{final_epochs:g}"]
     if run.metrics:
-        words += ["--seeds", str(max(len(winner["seeds"]) for winner in run.winners))]
+        words += [
+            "--seeds",
+            str(max(len(won["seeds"]) + len(won["diverged"]) for won in run.winners)),
+        ]
     return shlex.join(words)
 
 

@@ -301,7 +301,7 @@ def count_in_reports(
         epochs = getattr(callback, name, None)
         # A patience of 0 is one of 1 to Keras: it ends with the first epoch that is no better.
         if isinstance(epochs, numbers.Real) and (epochs or name == "patience"):
-            setattr(callback, name, max(1, round(max(1, epochs) * reports_per_epoch)))
+            setattr(callback, name, max(1, round(max(1.0, float(epochs)) * reports_per_epoch)))
     if isinstance(callback, keras.callbacks.LearningRateScheduler):
         callback.schedule = _once_an_epoch(callback.schedule, reports_per_epoch)
     monitor = getattr(callback, "monitor", None)

@@ -27,7 +27,7 @@ from search.winners.inference import Classified
 from search.winners.repeat import Repeated
 
 # Into a file or a pipe, a table is as wide as it needs to be.
-_console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+_console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 1000)
 # Of a report: the value that is pruned by, and that of the training images.
 _CURVES = {"value": "validation", "accuracy": "training"}
 _COUNTS = ("parameters", "flops")
@@ -166,8 +166,8 @@ def print_repeated(repeated: Repeated) -> None:
         both = stored is not None and now is not None
         table.add_row(
             str(step),
-            "" if stored is None else f"{stored:.4f}",
-            "" if now is None else f"{now:.4f}",
+            results.decimal(stored),
+            results.decimal(now),
             f"{now - stored:+.4f}" if both else "",  # type: ignore[operator]
         )
     _console.print(table)
@@ -175,7 +175,7 @@ def print_repeated(repeated: Repeated) -> None:
     what = "curve" if repeated.stored or repeated.now else "value"
     same = f"the same {what}" if repeated.is_same else f"another {what}"
     _say(
-        f"trial {repeated.number}: {same}, largest difference {repeated.difference:.4f}; {outcome}"
+        f"trial {repeated.number}: {same}, largest difference {results.decimal(repeated.difference)}; {outcome}"
         + (f", stored: {repeated.ended}" if repeated.ended not in ("", repeated.outcome) else "")
     )
 

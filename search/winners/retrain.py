@@ -365,7 +365,8 @@ def _length(trial: FrozenTrial, settings: Settings, num_reports: int) -> dict[st
 
 
 def _show(slot: Slot, message: Message) -> None:
-    slot.status.setdefault("before", message.get("step", 1) - 1)
+    if "step" in message:
+        slot.status.setdefault("before", message["step"] - 1)
     slot.status |= {"note": ""} | {
         name: message[name]
         for name in ("note", "step", "of", "accuracy", "images_per_second")

@@ -140,7 +140,10 @@ POINTS = [{"units": 1}, {"units": 2, "rate": 0.5}]
 @pytest.mark.parametrize(
     ("now", "said"),
     [
-        ([{"units": 1}, {"units": 3, "rate": 0.5}], "1 was {'units': 2, .*} and is now {'units': 3"),
+        (
+            [{"units": 1}, {"units": 3, "rate": 0.5}],
+            "1 was {'units': 2, .*} and is now {'units': 3",
+        ),
         ([{"units": 1}], "1 was {'units': 2, .*} and is now none"),
         ([], "0 was {'units': 1} and is now none"),
         (POINTS[::-1], "0 was {'units': 1} and is now {'units': 2,"),

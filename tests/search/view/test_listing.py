@@ -251,12 +251,16 @@ def test_reasons_are_shown_as_they_are(capsys, odd):
     listing.print_trial(study, results.detail(study, 0))
     shown = capsys.readouterr().out
     assert f"error: {odd}\n" in shown
-    assert re.search(rf"1 +{re.escape(odd)} +gpu 0 +7 .* killed {re.escape(f'{odd} ({odd})')}", shown)
+    assert re.search(
+        rf"1 +{re.escape(odd)} +gpu 0 +7 .* killed {re.escape(f'{odd} ({odd})')}", shown
+    )
 
 
 def test_a_trial_without_reports_has_a_value_and_no_curve(capsys):
     listing.print_repeated(Repeated(3, {}, {}, "complete", "", "complete", (0.5, 0.5)))
-    assert "trial 3: the same value, largest difference 0.0000; complete\n" in capsys.readouterr().out
+    assert (
+        "trial 3: the same value, largest difference 0.0000; complete\n" in capsys.readouterr().out
+    )
     listing.print_repeated(Repeated(3, {}, {}, "complete", "", "complete", (0.5, 0.75)))
     assert "trial 3: another value, largest difference 0.2500; complete\n" in (
         capsys.readouterr().out
