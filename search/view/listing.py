@@ -174,10 +174,9 @@ def print_repeated(repeated: Repeated) -> None:
     outcome = f"{repeated.outcome}{f' ({repeated.reason})' if repeated.reason else ''}"
     what = "curve" if repeated.stored or repeated.now else "value"
     same = f"the same {what}" if repeated.is_same else f"another {what}"
-    _say(
-        f"trial {repeated.number}: {same}, largest difference {results.decimal(repeated.difference)}; {outcome}"
-        + (f", stored: {repeated.ended}" if repeated.ended not in ("", repeated.outcome) else "")
-    )
+    difference = results.decimal(repeated.difference)
+    stored = f", stored: {repeated.ended}" if repeated.ended not in ("", repeated.outcome) else ""
+    _say(f"trial {repeated.number}: {same}, largest difference {difference}; {outcome}{stored}")
 
 
 def print_classified(rows: list[Classified]) -> None:
