@@ -175,8 +175,8 @@ def print_repeated(repeated: Repeated) -> None:
     what = "curve" if repeated.stored or repeated.now else "value"
     same = f"the same {what}" if repeated.is_same else f"another {what}"
     difference = results.decimal(repeated.difference)
-    stored = f", stored: {repeated.ended}" if repeated.ended not in ("", repeated.outcome) else ""
-    _say(f"trial {repeated.number}: {same}, largest difference {difference}; {outcome}{stored}")
+    ended = f", stored: {repeated.ended}" if repeated.ended not in ("", repeated.outcome) else ""
+    _say(f"trial {repeated.number}: {same}, largest difference {difference}; {outcome}{ended}")
 
 
 def print_classified(rows: list[Classified]) -> None:
