@@ -62,7 +62,7 @@ class Outcome:
     url: str
     settings: Settings
     num_finished: int
-    best: tuple[int, float] | None  # trial and value
+    best: tuple[int, float, str] | None  # trial, value, weights that it began from
     metrics: dict[str, Any] | None  # None where nothing was retrained
 
 
@@ -247,10 +247,11 @@ class _Journey:
         )
         notes.name_metric(self._study)
         logger.info(
-            "study %s: %d trials, %s, %d %s%s",
+            "study %s: %d trials, %s%s, %d %s%s",
             settings.name,
             settings.trials,
             dataset["name"] if dataset else "own objective",
+            f", {pretrained['label']}" if pretrained else "",
             len(pool.slots),
             "workers" if len(pool.slots) > 1 else "worker",
             f", {ready['precision']}" if ready["precision"] else "",
@@ -423,7 +424,14 @@ class _Journey:
 
     def _outcome(self, settings: Settings, figures: dict[str, Any] | None) -> Outcome:
         assert self._study is not None
-        best = next(((t.number, t.value or 0.0) for t in results.winners(self._study, 1)), None)
+        run = self._run() or {}
+        best = next(
+            (
+                (trial.number, trial.value or 0.0, results.begun_from(run, trial.number))
+                for trial in results.winners(self._study, 1)
+            ),
+            None,
+        )
         return Outcome(
             self._folder, self._database.url, settings, self._num_finished(), best, figures
         )

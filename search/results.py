@@ -27,12 +27,14 @@ class Row(NamedTuple):
     attempts: int
     reason: str  # why it was pruned or failed
     params: dict[str, Any]
+    weights: str  # pretrained ones that its training began from, by their label; or ""
 
 
 def rows(study: optuna.Study) -> list[Row]:
     """All trials, the best first, then the others by how far they came."""
     ranks = {trial.number: rank for rank, trial in enumerate(winners(study, top=None))}
-    all_rows = [_row(trial) for trial in study.get_trials(deepcopy=False)]
+    run = study.user_attrs.get("run", {})
+    all_rows = [_row(trial, run) for trial in study.get_trials(deepcopy=False)]
 
     def key(row: Row) -> tuple[float, ...]:
         if row.number in ranks:
@@ -71,7 +73,7 @@ def detail(study: optuna.Study, number: int) -> dict[str, Any]:
         for key, record in study.user_attrs.items()
         if key.startswith(f"retrained:trial-{number}-")
     }
-    return _row(trial)._asdict() | {
+    return _row(trial, study.user_attrs.get("run", {}))._asdict() | {
         "reports": reports,
         "attempts": attrs.get("attempts", []),
         "known_point": "known_point" in attrs,
@@ -188,7 +190,17 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _row(trial: FrozenTrial) -> Row:
+def begun_from(run: Mapping[str, Any], number: int) -> str:
+    """The label of the weights that a trial's training began from, to stand beside its figures; ""
+    where the study (its attribute `run`) or the point begins from no pretrained ones."""
+    weights = run.get("weights")
+    if not weights:
+        return ""
+    is_comparison = run["fixed"]["kind"] == "comparison"
+    return "" if is_comparison and not run["pretrained"][number] else str(weights["label"])
+
+
+def _row(trial: FrozenTrial, run: Mapping[str, Any]) -> Row:
     attrs = trial.user_attrs
     last = trial.last_step
     return Row(
@@ -201,6 +213,7 @@ def _row(trial: FrozenTrial) -> Row:
         attempts=len(attrs.get("attempts", [])),
         reason=attrs.get("reason", ""),
         params=trial.params,
+        weights=begun_from(run, trial.number),
     )
 
 

@@ -48,7 +48,9 @@ def _without_metrics(run: Run) -> list[Html]:
     made = []
     best = run.complete[0] if run.complete else None
     if best:
-        remark = f"of trial {best.number}, so far the best"
+        label = results.begun_from(run.started, best.number)
+        begun_from = f", begun from {label}" if label else ""
+        remark = f"of trial {best.number}, so far the best{begun_from}"
         is_share = run.kind != "objective"
         made.append(_big(best.value or 0.0, run.value_name, remark, as_share=is_share))
     made += [page.note(_WHY_NO_METRICS[run.kind]), page.tiles(_costs(run))]
@@ -56,12 +58,16 @@ def _without_metrics(run: Run) -> list[Html]:
         rows = [
             (
                 results.point_name(trial.params),
+                results.begun_from(run.started, trial.number),
                 f"{trial.value:.4f}",
                 trial.user_attrs.get("seeds", ""),
             )
             for trial in run.complete
         ]
-        made += [page.heading("Points so far"), page.table(("", run.value_name, "seeds"), rows)]
+        made += [
+            page.heading("Points so far"),
+            page.table(("", "begun from", run.value_name, "seeds"), rows),
+        ]
     elif best:
         made += [
             page.heading("The best configuration so far", f"Trial {best.number}."),

@@ -72,7 +72,9 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
     _console.print(table)
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    _say(f"{len(rows)} trials in {folder}: {counts}")
+    weights = {row.weights for row in rows if row.weights}
+    begun_from = f"; begun from {', '.join(sorted(weights))}" if weights else ""
+    _say(f"{len(rows)} trials in {folder}: {counts}{begun_from}")
 
 
 def print_trial(study: optuna.Study, trial: dict[str, Any]) -> None:
@@ -82,6 +84,7 @@ def print_trial(study: optuna.Study, trial: dict[str, Any]) -> None:
     if trial["value"] is not None:
         line += f", [bold]{results.decimal(trial['value'])}[/bold]"
     line += f", {len(trial['reports'])}{f' of {of}' if of else ''} reports"
+    line += f", from {escape(trial['weights'])}" if trial["weights"] else ""
     _console.print(line + (", a known point" if trial["known_point"] else ""))
     if trial["reason"]:
         _console.print(Text(trial["reason"]))
@@ -122,8 +125,9 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
         f"\n[bold]{settings.name}[/bold]: {outcome.num_finished} of {settings.trials} {what}"
     )
     if outcome.best and not outcome.metrics:
-        number, value = outcome.best
-        _console.print(f"best: trial {number} with {results.decimal(value)}")
+        number, value, weights = outcome.best
+        begun_from = f", begun from {weights}" if weights else ""
+        _say(f"best: trial {number} with {results.decimal(value)}{begun_from}")
     if outcome.metrics and settings.kind == "comparison":
         _print_compared(outcome.metrics)
     elif outcome.metrics:

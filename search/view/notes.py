@@ -83,6 +83,8 @@ def _of_trial(study: optuna.Study, trial: FrozenTrial, standing: Standing | None
         rows["best report"] = f"{results.decimal(values[best])}, report {best}"
     if trial.state == TrialState.COMPLETE:
         rows[_metric(study)] = f"**{results.decimal(trial.value)}**"
+    if label := results.begun_from(study.user_attrs.get("run", {}), trial.number):
+        rows["begun from"] = label
     if isinstance(parameters := attrs.get("parameters"), int):
         rows["parameters"] = f"{parameters:,}"
     if isinstance(flops := attrs.get("flops"), int):
@@ -174,7 +176,8 @@ def _best_so_far(study: optuna.Study, trial: FrozenTrial) -> Iterator[str]:
 def _answer(study: optuna.Study, figures: Mapping[str, Any]) -> Iterator[str]:
     first, search = figures["winners"][0], figures["search"]
     accuracy = results.spread(first["test"], "accuracy", len(first["seeds"]))
-    yield f"## Trial {first['trial']}: test accuracy {accuracy}"
+    begun_from = f", begun from {first['weights']}" if first["weights"] else ""
+    yield f"## Trial {first['trial']}: test accuracy {accuracy}{begun_from}"
     yield ""
     yield (
         f"{search['trials']} trials: {search['complete']} complete, {search['pruned']} pruned, "

@@ -158,11 +158,13 @@ def config(winner: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
 
 def leaderboard(study: optuna.Study, trials: Sequence[FrozenTrial], format_: str) -> str:
     """Trials of a study as text: "yaml", "json" or "csv"."""
-    is_objective = study.user_attrs.get("run", {}).get("fixed", {}).get("kind") == "objective"
+    run = study.user_attrs.get("run", {})
+    is_objective = run.get("fixed", {}).get("kind") == "objective"
     rows = [
         {
             "trial": trial.number,
             "value" if is_objective else "validation_accuracy": trial.value,
+            **({"weights": label} if (label := results.begun_from(run, trial.number)) else {}),
             "params": trial.params,
         }
         for trial in trials
@@ -249,9 +251,7 @@ def _winner(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict[s
 def _origin(job: Job, run: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What a winner began from, and what was published of it: nothing that compares with a figure
     from other data, or from random weights instead of pretrained ones."""
-    weights = run["weights"]
-    begins = weights and (settings.kind != "comparison" or run["pretrained"][job.trial])
-    label = weights["label"] if begins else None
+    label = results.begun_from(run, job.trial) or None
     described = run["described"]
     is_same_data = run["dataset"]["name"] == described.get("dataset")
     figures = {}

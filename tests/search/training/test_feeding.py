@@ -38,7 +38,7 @@ print((own() - before) / array.nbytes)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_two_feeds_share_the_memory_of_a_mapped_file(tmp_path):
-    array = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (2_000, 32, 32, 32))
+    array = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (16_000, 32, 32, 4))
     array[:, 0, 0, 0] = np.arange(len(array))
     array.flush()
     done = subprocess.run(
@@ -47,4 +47,4 @@ def test_two_feeds_share_the_memory_of_a_mapped_file(tmp_path):
         env={**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1"},  # as workers have it
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.5
+    assert float(done.stdout) < 0.3  # batches; a copy for each feed would be 2

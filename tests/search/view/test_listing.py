@@ -18,11 +18,13 @@ from optuna.trial import TrialState
 from search import results
 from search.errors import SearchError
 from search.journey import Outcome
+from search.report import report, source
 from search.storage import storage
 from search.view import listing
 from search.view.textplot import curves, sparkline
 from search.winners import export
 from search.winners.repeat import Repeated
+from tests import made_up_run
 from tests.command import ROOT
 
 ATTEMPTS = [
@@ -190,7 +192,7 @@ def test_a_tiny_value_is_read_everywhere(capsys):
     study.add_trial(optuna.trial.create_trial(value=3e-06, intermediate_values={1: 2e-06}))
     listing.print_leaderboard(study, Path("runs/tiny"), 20)
     listing.print_trial(study, results.detail(study, 0))
-    listing.print_outcome(outcome(best=(0, 3e-06)), "--study tiny")
+    listing.print_outcome(outcome(best=(0, 3e-06, "")), "--study tiny")
     shown = capsys.readouterr().out
     assert shown.count("3e-06") == 3
     assert "0.0000" not in shown
@@ -370,3 +372,30 @@ def test_a_hyperparameter_named_as_a_column_does_not_take_its_place():
     assert exported("json", trial=7) == [
         {"trial": 0, "validation_accuracy": 0.5, "params": {"trial": 7}}
     ]
+
+
+def test_random_weights_are_said_wherever_a_figure_of_theirs_stands(tmp_path, capsys):
+    study = made_up_run.study_of(12)
+    run = study.user_attrs["run"] | {"weights": {"reference": "none", "label": "random weights"}}
+    study.set_user_attr("run", run)
+    listing.print_leaderboard(study, tmp_path, 3)
+    assert "begun from random weights" in capsys.readouterr().out
+    listing.print_trial(study, results.detail(study, 0))
+    assert "from random weights" in capsys.readouterr().out.splitlines()[0]
+    listing.print_outcome(outcome(best=(3, 0.5, "random weights")), "--study mine")
+    assert "best: trial 3 with 0.5000, begun from random weights" in capsys.readouterr().out
+    assert {row.weights for row in results.rows(study)} == {"random weights"}
+    (best,) = results.winners(study, 1)
+    for format_ in ("yaml", "json", "csv"):
+        assert "random weights" in export.leaderboard(study, [best], format_)
+    page = report.html(source.read(study, tmp_path))
+    assert "so far the best, begun from random weights" in page
+
+
+def test_of_a_comparison_only_points_that_begin_from_weights_say_so():
+    run = {
+        "fixed": {"kind": "comparison"},
+        "weights": {"label": "random weights"},
+        "pretrained": [False, True],
+    }
+    assert [results.begun_from(run, number) for number in (0, 1)] == ["", "random weights"]
