@@ -57,8 +57,7 @@ def _without_metrics(run: Run) -> list[Html]:
     if best and run.is_comparison:
         rows = [
             (
-                results.point_name(trial.params),
-                results.begun_from(run.started, trial.number),
+                _named(results.point_name(trial.params), run, trial.number),
                 f"{trial.value:.4f}",
                 trial.user_attrs.get("seeds", ""),
             )
@@ -66,7 +65,7 @@ def _without_metrics(run: Run) -> list[Html]:
         ]
         made += [
             page.heading("Points so far"),
-            page.table(("", "begun from", run.value_name, "seeds"), rows),
+            page.table(("", run.value_name, "seeds"), rows),
         ]
     elif best:
         made += [
@@ -74,6 +73,11 @@ def _without_metrics(run: Run) -> list[Html]:
             page.pairs((name, short(value)) for name, value in best.params.items()),
         ]
     return made
+
+
+def _named(name: str, run: Run, number: int) -> str:
+    label = results.begun_from(run.started, number)
+    return f"{name} ({label})" if label else name
 
 
 def _hero(run: Run) -> list[Html]:

@@ -22,6 +22,7 @@ FIGURES = {
     "winners": [
         {
             "trial": 0,
+            "weights": None,
             "validation_accuracy": 0.9,
             "epochs": 4.0,
             "parameters": 1234,
