@@ -183,7 +183,8 @@ def _train(
         save=save,
     ).run(pool)
     folders.remove_scratch(folder)
-    run = {**ready, "described": described, "dataset": dataset, "weights": pretrained}
+    about = {"fixed": settings.fixed(), "dataset": dataset, "weights": pretrained}
+    run = {**ready, "described": described, **about}
     figures = {
         "schema": 1,
         **export.subject(settings, run),

@@ -25,10 +25,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from sqlite3 import Connection, connect
 from typing import Any
@@ -286,11 +287,11 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         profile = cProfile.Profile(time.process_time)
         if given.profile:
             profile.enable()
-        coordinator.search(pool)
+        with _watched(process) as of_workers:
+            coordinator.search(pool)
         profile.disable()
         seconds = time.perf_counter() - began
         cpu = sum(process.cpu_times()[:2]) - cpu
-        of_workers = [child.memory_info().rss for child in process.children(recursive=True)]
     if given.profile:
         profile.dump_stats(given.profile)
     trials = opened.get_trials(deepcopy=False)[before:]
@@ -307,6 +308,30 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         "open": open_seconds,
         "open_cpu": open_cpu,
     }
+
+
+@contextmanager
+def _watched(process: Any) -> Iterator[list[int]]:
+    """Resident bytes of a process's children, the largest at each look: at the end of a search
+    those that were busy have just been replaced."""
+    import psutil
+
+    largest: list[int] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            with suppress(psutil.Error, ValueError):
+                children = process.children(recursive=True)
+                largest.append(max(child.memory_info().rss for child in children))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield largest
+    finally:
+        done.set()
+        thread.join()
 
 
 def idle(trials: Iterable[Any]) -> list[float]:
