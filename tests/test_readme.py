@@ -51,6 +51,7 @@ def mine(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_its_space_and_study_run(mine):
     done = subprocess.run(
         [sys.executable, "-m", "search", "--study", str(mine / "mine.py"), "--out",

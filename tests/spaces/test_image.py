@@ -186,7 +186,7 @@ LABELS = np.eye(10, dtype="float32")[np.arange(64) % 10]
 
 
 @pytest.mark.usefixtures("mixed_bfloat16")
-@pytest.mark.parametrize("space", [CNN, pytest.param(MLP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("space", [pytest.param(CNN, marks=pytest.mark.slow), MLP])
 def test_a_saved_model_is_plain_keras_and_float32_at_its_end(space, tmp_path):
     model = space(SHAPE, 10, 12_800).build(point(SMALL[space]))
     assert not model.jit_compile

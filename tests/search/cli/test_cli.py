@@ -143,6 +143,7 @@ def test_a_damaged_study_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "study.db").read_bytes() == b"no database at all" * 100
 
 
+@pytest.mark.slow
 def test_no_network_and_no_data(tmp_path):
     environment = {"PYTHONPATH": str(ROOT), "KERAS_HOME": str(tmp_path / "home")}
     # A proxy that is not there: the same for every machine, with a network or without.

@@ -400,6 +400,7 @@ def test_a_study_that_runs_is_not_moved(url, file):
         moving.move("mine", storage.at(file), storage.at(url))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_its_study_was_moved(tmp_path, url):
     command = Command(tmp_path, DUMMY_SLEEP="0.01")
     code, output = command.run("--trials", "3", "--workers", "1")
