@@ -82,9 +82,13 @@ def test_a_message_whose_files_cannot_be_placed_ends_the_worker_and_says_why(tmp
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     folder = tmp_path / "run"
     node = relay.Relay("run", str(folder), "/elsewhere")
-    environment = dict(os.environ)
-    node.begin(0, Device(1), str(tmp_path / "home"), "tensorflow", {}, relay.versions())
-    monkeypatch.setattr(os, "environ", environment)  # the node's process is this one, here
+    for name in ("KERAS_HOME", "KERAS_BACKEND"):  # the node's process is this one, here
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    umask = os.umask(0o022)
+    try:
+        node.begin(0, Device(1), str(tmp_path / "home"), "tensorflow", {}, relay.versions())
+    finally:
+        os.umask(umask)
     node.send(b'{"type": "prepare"}', {"/data.npz": ("0" * 64, b"")})
     assert node.receive() == b""
     assert node.end() == (
