@@ -147,7 +147,8 @@ def _costs(run: Run) -> Iterable[tuple[str, Any, Any]]:
     epochs = sum(winner["epochs"] * len(winner["seeds"]) for winner in run.winners)
     trainings = sum(len(winner["seeds"]) for winner in run.winners)
     name = "training took" if run.is_comparison else "retraining took"
-    yield name, duration(seconds), f"{trainings} trainings added up, {epochs:,.1f} epochs"
+    added_up = f"{trainings} trainings added up" if trainings > 1 else "1 training"
+    yield name, duration(seconds), f"{added_up}, {epochs:,.1f} epochs"
     best = run.winners[0]
     yield "parameters", f"{best['parameters']:,}", f"{best['flops'] / 1e6:,.1f} Mflop an image"
     if ensemble := run.metrics["ensemble"]:
