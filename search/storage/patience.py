@@ -145,6 +145,15 @@ class PatientStorage(optuna.storages.RDBStorage):
         among, after = included_trial_ids, trial_id_greater_than
         return self.patiently(lambda _: reading.read(self.engine, study_id, states, among, after))
 
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        return self._study_attributes(models.StudyUserAttributeModel, study_id)
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        return self._study_attributes(models.StudySystemAttributeModel, study_id)
+
+    def _study_attributes(self, model: Any, study_id: int) -> dict[str, Any]:
+        return self.patiently(lambda _: reading.study_attributes(self.engine, model, study_id))
+
     def _create_new_trial(self, study_id: int, template_trial: Any = None) -> Any:
         self._num_before = None
         make = super()._create_new_trial  # tries again itself, some times
@@ -174,8 +183,7 @@ def _tried_again(name: str) -> Any:
 # Those that read, and the one that may be made twice.
 for _name in (
     *("create_new_study", "get_all_studies", "get_study_id_from_name", "get_study_name_from_id"),
-    *("get_study_directions", "get_study_user_attrs", "get_study_system_attrs"),
-    *("get_trial", "get_trial_id_from_study_id_trial_number"),
+    *("get_study_directions", "get_trial", "get_trial_id_from_study_id_trial_number"),
     "_get_best_trial_id",
 ):
     setattr(PatientStorage, _name, _tried_again(_name))

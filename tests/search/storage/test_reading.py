@@ -1,9 +1,12 @@
+import gc
 import math
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
 from optuna.trial import TrialState, create_trial
 
 from search.storage import reading
@@ -66,3 +69,30 @@ def test_trials_are_as_optuna_reads_them(url, states, among, after, count):
     assert shown(reading.read(storage.engine, study_id, states, among, after)) == shown(expected)
     storage.remove_session()
     storage.engine.dispose()
+
+
+def test_attributes_of_a_study_are_as_optuna_reads_them(url):
+    study = optuna.load_study(study_name="mine", storage=url)
+    study.set_user_attr("run", {"trials": 3, "names": ["a", None]})
+    study._storage.set_study_system_attr(study._study_id, "note", "é")
+    optuna.load_study(study_name="first", storage=url).set_user_attr("run", "another's")
+    storage = RDBStorage(url)
+    for model, plain in (
+        (models.StudyUserAttributeModel, storage.get_study_user_attrs),
+        (models.StudySystemAttributeModel, storage.get_study_system_attrs),
+    ):
+        expected = plain(study._study_id)
+        assert expected
+        assert reading.study_attributes(storage.engine, model, study._study_id) == expected
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+def test_the_collector_runs_again_after_reading(url):
+    storage = RDBStorage(url)
+    reading.read(storage.engine, 1, None, set(), -1)
+    assert gc.isenabled()
+    storage.engine.dispose()
+    with pytest.raises(sqlalchemy.exc.OperationalError):
+        reading.read(sqlalchemy.create_engine("sqlite://"), 1, None, set(), -1)
+    assert gc.isenabled()
