@@ -125,18 +125,23 @@ def _end_in_time(log: Log, scratch: Path) -> None:
     os._exit(0)
 
 
+def without_known_points(name: str, folder: Path) -> Path:
+    """A file with a study of that name, whose points are all drawn."""
+    file = folder / f"{name}.py"
+    file.write_text(
+        f'"""Study {name} without its known points."""\n\n'
+        "from dataclasses import replace\n\n"
+        f"from studies.{name} import study as whole\n\n"
+        f'study = replace(whole, name="{name}", known_points=())\n'
+    )
+    return file
+
+
 def ours(name: str, seed: int, dataset: str, scratch: Path, log: Log) -> None:
     """The command as a user types it, ended by a signal when the race is over."""
     from search.storage import storage
 
-    file = scratch / "race.py"
-    points = "cnn.known_points" if name == "ours-known" else "()"
-    file.write_text(
-        '"""Study cnn, for the race."""\n\n'
-        "from dataclasses import replace\n\n"
-        "from studies.cnn import study as cnn\n\n"
-        f'study = replace(cnn, name="race", known_points={points})\n'
-    )
+    file = "cnn" if name == "ours-known" else without_known_points("cnn", scratch)
     out = scratch / "run"
     command = [sys.executable, "-m", "search", "--study", file, "--out", out, "--seed", str(seed)]
     command += ["--dataset", dataset, "--trials", "1000000", "--no-retrain", "--quiet"]
@@ -147,7 +152,7 @@ def ours(name: str, seed: int, dataset: str, scratch: Path, log: Log) -> None:
             process.send_signal(signal.SIGTERM)
         else:
             raise SystemExit(f"the search ended by itself, with exit code {process.returncode}")
-    study = storage.read_study(storage.url_in(out, None), "race")
+    study = storage.read_study(storage.url_in(out, None), "cnn")
     for trial in study.trials if study else ():
         if trial.value is not None:
             log.add(trial.value, trial.user_attrs["attempts"][-1]["end"])
