@@ -27,12 +27,15 @@ from tests.benchmarks import race
 ROOT = Path(__file__).parents[2]
 
 
-def start(folder: Path, cores: list[int], given: argparse.Namespace) -> subprocess.Popen:
+def start(
+    folder: Path, cores: list[int], given: argparse.Namespace, *options: str
+) -> subprocess.Popen:
+    """A search of the study in the folder's parent, on these cores."""
     # --no-retrain: the time of a winner's training is no time of the search.
     file = folder.parent / f"{given.study}.py"
     command = ["--study", str(file), "--trials", str(given.trials), "--out", str(folder)]
     command += ["--dataset", given.dataset, "--sampler", "random", "--no-retrain", "--quiet"]
-    command += ["--max-attempts", "100"]
+    command += ["--max-attempts", "100", *options]
     process = subprocess.Popen(
         [sys.executable, "-m", "search", *command], cwd=ROOT, stdout=subprocess.DEVNULL
     )
@@ -87,6 +90,11 @@ def numbers(folder: Path, study: str) -> str:
     return f"{len(trials)} | {pruned} | {failed} | {attempts} | {opened.best_value:.4f}"
 
 
+def halves_of_cores() -> tuple[list[int], list[int]]:
+    cores = sorted(psutil.Process().cpu_affinity())
+    return cores[: len(cores) // 2] or cores, cores[len(cores) // 2 :]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30, help="for so long there are kills")
@@ -96,8 +104,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    cores = sorted(psutil.Process().cpu_affinity())
-    halves = cores[: len(cores) // 2] or cores, cores[len(cores) // 2 :]
+    halves = halves_of_cores()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as threads:
         race.without_known_points(given.study, Path(name))
         paths = Path(name) / "alone", Path(name) / "killed"

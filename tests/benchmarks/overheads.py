@@ -46,18 +46,24 @@ BARS = {"cpu": 1.0, "ask": 0.2}  # cores, seconds at the 95th percentile
 
 def objective(trial: Any) -> float:
     """Draw a point, report on time or as soon as possible after it."""
+    x = draw(trial)
+    due = time.monotonic()
+    for step in range(1, NUM_REPORTS + 1):
+        due = max(due + PERIOD, time.monotonic())
+        time.sleep(due - time.monotonic() if due > time.monotonic() else 0.0)
+        value = curve(x, step)
+        trial.report(value, step, metrics={"val_accuracy": value, "val_loss": 1 - value})
+    return value
+
+
+def draw(trial: Any) -> float:
+    """A point; its first number."""
     floats = [trial.suggest_float(f"float_{k}", 0.0, 1.0) for k in range(NUM_FLOATS)]
     for k in range(NUM_INTS):
         trial.suggest_int(f"int_{k}", 16, 256, log=True)
     for k in range(NUM_CATEGORIES):
         trial.suggest_categorical(f"category_{k}", ["a", "b", "c"])
-    due = time.monotonic()
-    for step in range(1, NUM_REPORTS + 1):
-        due = max(due + PERIOD, time.monotonic())
-        time.sleep(due - time.monotonic() if due > time.monotonic() else 0.0)
-        value = curve(floats[0], step)
-        trial.report(value, step, metrics={"val_accuracy": value, "val_loss": 1 - value})
-    return value
+    return floats[0]
 
 
 def curve(x: float, step: int) -> float:
