@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -16,8 +17,11 @@ import pytest
 from PIL import Image
 
 from search.errors import EXIT_USAGE
+from search.storage import storage
 from tests import invariants
+from tests.benchmarks import race
 from tests.command import ROOT, Command
+from tests.search.test_fashion_mnist import is_cached
 
 pytest.importorskip("ray", reason="pip install '.[ray]' brings Ray")
 # Ray's Cluster leaves its log files open.
@@ -341,3 +345,41 @@ def test_e1_a_node_is_lost_and_another_joins(cluster, tmp_path):
     assert "was lost with its actor or node" in output
     invariants.check(command.folder, command.log, 12)
     assert list((tmp_path / "shared").iterdir()) == []
+
+
+@pytest.mark.fault("E1")
+@pytest.mark.longest
+@pytest.mark.skipif(not is_cached(), reason="Fashion-MNIST is not in KERAS_HOME or ~/.keras")
+def test_e1_a_real_search_outlives_one_of_its_two_nodes(cluster, tmp_path):
+    """A quarter of an hour on two cores."""
+    lost = cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    out, shared = tmp_path / "run", tmp_path / "shared"
+    shared.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "search", "--study", str(race.without_known_points("cnn", tmp_path)),
+         "--trials", "12", "--epochs", "1", "--sampler", "random", "--final-epochs", "1",
+         "--seeds", "2", "--out", str(out), "--shared", str(shared), *of(cluster)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    # In the middle: some trials have ended, and both nodes train, with checkpoints.
+    while len(ended(out)) < 4 or len(list(shared.rglob("*.npz"))) < 2:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.5)
+    cluster.remove_node(lost, allow_graceful=False)
+    output, _ = process.communicate(timeout=3000)
+    print(output)
+    assert process.returncode == 0, output
+    assert "was lost with its actor or node" in output
+    trials = storage.read_study(f"sqlite:///{out}/study.db", "cnn").trials
+    assert [trial.number for trial in trials] == list(range(12))
+    assert {trial.state.name for trial in trials} == {"COMPLETE", "PRUNED"}
+    assert max(len(trial.user_attrs["attempts"]) for trial in trials) == 2
+    (winner,) = json.loads((out / "metrics.json").read_text())["winners"]
+    assert len(winner["seeds"]) == 2
+
+
+def ended(out):
+    """Its finished trials, while it runs."""
+    study = storage.read_study(f"sqlite:///{out}/study.db", "cnn")
+    return [trial for trial in (study.trials if study else []) if trial.state.is_finished()]
