@@ -161,7 +161,9 @@ class Coordinator:
     def _start(self, pool: Pool, slot: Slot, trial: UnfinishedTrial) -> None:
         settings = self._settings
         assert slot.worker is not None
-        trial.begin(slot.worker, slot.device.label, settings.sampler, settings.seed)
+        # The known points say little of what lies elsewhere: so many are drawn beside them.
+        startup_trials = sampling.STARTUP_TRIALS + len(self._known_points)
+        trial.begin(slot.worker, slot.device.label, settings.sampler, settings.seed, startup_trials)
         self._running[slot.index] = trial
         seed = sampling.seed_for(settings.seed, trial.number, "training")
         task = {"task": "trial", "seed": seed, "checkpoint": self._checkpoint(trial.number)}
@@ -204,14 +206,15 @@ class Coordinator:
             case "resumed":
                 self._resumed(trial, message["step"])
             case "progress":
-                slot.status["note"] = message["note"]
+                slot.status["note"] = message.get("note", "")
             case "report":
                 self._answer(pool, slot, value=self._report(slot, trial, message))
             case "finished":
                 del self._running[slot.index]
                 if trial.told:
                     return
-                if message["outcome"] == OUT_OF_MEMORY and not trial.is_alone:
+                may_fit_alone = not trial.is_alone and pool.shares_gpu(slot)
+                if message["outcome"] == OUT_OF_MEMORY and may_fit_alone:
                     self._lost(trial, f"ran out of memory: {message['reason']}", OUT_OF_MEMORY)
                 else:
                     self._ended(trial, trial.finish(message), message.get("traceback", ""))

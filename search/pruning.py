@@ -72,6 +72,17 @@ class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
         return rung == step
 
 
+def is_beaten(study: optuna.Study, trial: FrozenTrial) -> bool:
+    """Whether a complete trial was ahead of it at its last report."""
+    rung = trial.last_step
+    assert rung is not None
+    maximise = study.direction == optuna.study.StudyDirection.MAXIMIZE
+    value = _best_until(trial, rung, maximise)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    found = (_best_until(t, rung, maximise) for t in complete if rung in t.intermediate_values)
+    return any(other > value if maximise else other < value for other in found)
+
+
 def pruner(name: str, first_rung: int, reduction_factor: int) -> optuna.pruners.BasePruner:
     """`asha`, `median` or `none`."""
     if name == "none":

@@ -20,9 +20,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 # Trials that TPE draws at random before it models anything.
 STARTUP_TRIALS = 12
-# Of the trials that are not among the best, the latest that TPE looks at. Optuna weighs the older
-# ones down anyway.
+# So many of the trials that are not among the best TPE looks at: the latest, and, for this share,
+# some that are spread evenly over the older ones, which have shown long ago what is bad.
 MOST_OTHERS = 500
+_OLDER = 0.5
 
 
 def seed_for(*parts: int | str) -> int:
@@ -59,7 +60,7 @@ class _Groups(_GroupDecomposedSearchSpace):
         return groups
 
 
-class _BestAndLatest:
+class _BestAndSome:
     """A study of whose trials TPE is shown only those it learns most from.
 
     Without the others neither their split into good and other ones nor the densities of the two
@@ -80,8 +81,11 @@ class _BestAndLatest:
         if len(trials) <= self._num_best + MOST_OTHERS:
             return trials
         best = {trial.number for trial in self._best(trials)}
-        latest = [trial.number for trial in trials if trial.number not in best][-MOST_OTHERS:]
-        shown = best.union(latest)
+        others = [trial.number for trial in trials if trial.number not in best]
+        num_spread = int(MOST_OTHERS * _OLDER)
+        older, latest = others[: num_spread - MOST_OTHERS], others[num_spread - MOST_OTHERS :]
+        spread = (older[k * len(older) // num_spread] for k in range(num_spread))
+        shown = best.union(latest, spread)
         return [trial for trial in trials if trial.number in shown]
 
     def _best(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
@@ -110,7 +114,7 @@ class _TPE(optuna.samplers.TPESampler):
         finished = study._get_trials(deepcopy=False, states=states, use_cache=True)
         num_best = default_gamma(len(finished))
         self._gamma = lambda _: num_best  # not of the trials that are shown
-        shown = cast("optuna.Study", _BestAndLatest(study, trial.number, num_best))
+        shown = cast("optuna.Study", _BestAndSome(study, trial.number, num_best))
         return super()._sample(shown, trial, search_space)
 
 
@@ -121,7 +125,7 @@ def sampler(
 
     Args:
         number: of the trial; its place in the sequence of `qmc`.
-        startup_trials: drawn at random before `tpe` models anything.
+        startup_trials: known or drawn at random before `tpe` models anything.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -171,7 +175,14 @@ class TrialSampling:
     generator of its own name, not from one that earlier draws have moved on.
     """
 
-    def __init__(self, study: optuna.Study, trial_id: int, name: str, seed: int):
+    def __init__(
+        self,
+        study: optuna.Study,
+        trial_id: int,
+        name: str,
+        seed: int,
+        startup_trials: int = STARTUP_TRIALS,
+    ):
         self._study = study
         self._name = name
         self._seed = seed
@@ -179,7 +190,7 @@ class TrialSampling:
         # A quasi-random sequence is one only if all trials share its seed.
         joint = seed if name == "qmc" else seed_for(seed, self.trial.number)
         if "fixed_params" not in study._storage.get_trial(trial_id).system_attrs:
-            study.sampler = sampler(name, joint, self.trial.number)
+            study.sampler = sampler(name, joint, self.trial.number, startup_trials)
             _ = self.trial.relative_params  # draws the joint part now, and keeps it
 
     def suggest(self, kind: str, name: str, arguments: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from search import sampling
+from search import pruning, sampling
 from search.storage import storage
 from search.workers.engine import Worker
 from search.workers.pool import OUT_OF_MEMORY
@@ -94,9 +94,13 @@ class UnfinishedTrial:
         """Attempts that the coordinator's own death did not end."""
         return sum(attempt.get("reason") != COORDINATOR_ENDED for attempt in self._attempts)
 
-    def begin(self, worker: Worker, device: str, sampler: str, seed: int) -> None:
-        """A new attempt, on a worker."""
-        self._sampling = sampling.TrialSampling(self._study, self._id, sampler, seed)
+    def begin(
+        self, worker: Worker, device: str, sampler: str, seed: int, startup_trials: int
+    ) -> None:
+        """A new attempt, on a worker; the last three are `TrialSampling`'s."""
+        self._sampling = sampling.TrialSampling(
+            self._study, self._id, sampler, seed, startup_trials
+        )
         self._began, self.last_step = time.monotonic(), 0
         self._history, self._speed = None, {}
         self._attempts.append(
@@ -229,7 +233,8 @@ class UnfinishedTrial:
         self._set("attempts", self._attempts)
         self._set("seconds", ending["seconds"])
         for name, figure in ending["speed"].items():
-            self._set(name, round(figure, 3))
+            if isinstance(figure, int | float):  # an objective may say anything
+                self._set(name, round(figure, 3))
         if kind:
             self._set("reason", f"{kind}: {ending['reason']}")
         if state == TrialState.PRUNED and kind != "pruned":
@@ -248,8 +253,9 @@ class UnfinishedTrial:
         return self._attempts[-1]["start"] + time.monotonic() - self._began
 
     def _is_behind(self, trial: FrozenTrial, pruner: optuna.pruners.BasePruner) -> bool:
-        # A known point is run to its end, so that a search can't end below what was known.
-        return not self._is_known_point and pruner.prune(self._study, trial)
+        # A known point ends early only where the search has something better already.
+        may_end = not self._is_known_point or pruning.is_beaten(self._study, trial)
+        return may_end and pruner.prune(self._study, trial)
 
     def _store_report(self, step: int, value: float) -> None:
         # Not trial.report, which keeps what a lost attempt said of this step.

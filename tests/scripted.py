@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from search.workers.devices import Device
 from search.workers.pool import OUT_OF_MEMORY, Event, Interrupted, Slot, Task
 
+ONE_CORE = Device(threads=1)
 LOST = {"type": "lost", "kind": "killed"}
 LOST_FOR_MEMORY = {"type": "lost", "kind": OUT_OF_MEMORY}
 CRASH = {"type": "crash"}  # of the coordinator itself
@@ -14,8 +15,8 @@ CRASH = {"type": "crash"}  # of the coordinator itself
 class ScriptedPool:
     """Workers that say, one word at each poll, what `script(trial, attempt)` yields."""
 
-    def __init__(self, script, num_slots=1):
-        self.slots = [Slot(index, Device(threads=1)) for index in range(num_slots)]
+    def __init__(self, script, num_slots=1, device=ONE_CORE):
+        self.slots = [Slot(index, device) for index in range(num_slots)]
         for slot in self.slots:
             slot.worker = SimpleNamespace(pid=100 + slot.index, host=socket.gethostname())
         self.given = []
@@ -37,6 +38,12 @@ class ScriptedPool:
 
     def busy(self):
         return [slot for slot in self.slots if slot.task is not None]
+
+    def shares_gpu(self, slot):
+        return slot.device.gpu is None
+
+    def can_widen(self):
+        return True
 
     def give_threads(self, slot, threads):
         slot.device = Device(threads, slot.device.gpu)

@@ -35,7 +35,10 @@ def read(
     among: Collection[int],
     after: int,
 ) -> list[FrozenTrial]:
-    """All trials of a study, by their id, as one transaction sees them.
+    """All trials of a study, by their id; the finished ones are complete.
+
+    The end of a trial is stored in one transaction, and the trials' own rows are read first: what
+    is finished there is complete in what is read later. Of a running one that may be newer.
 
     Args:
         states: only those in one of these; None for all.
@@ -45,8 +48,6 @@ def read(
     table = _Trial.__table__
     wanted = sqlalchemy.or_(table.c.trial_id > after, table.c.trial_id.in_(among))
     chosen = sqlalchemy.select(table.c.trial_id).where(table.c.study_id == study_id, wanted)
-    if states is not None:
-        chosen = chosen.where(table.c.state.in_(states))
     with _uncollected(), engine.connect() as connection:
 
         def rows(model: Any, *names: str) -> Iterator[Any]:
@@ -57,6 +58,14 @@ def read(
             for some in connection.execute(query).partitions(_AT_ONCE):
                 yield from some
 
+        # The states are not part of `chosen`: they may change before the next table is read.
+        found = [
+            row
+            for row in rows(
+                _Trial, "trial_id", "number", "state", "datetime_start", "datetime_complete"
+            )
+            if states is None or row.state in states
+        ]
         values: dict[int, dict[int, float]] = defaultdict(dict)
         for trial_id, objective, value, kind in rows(
             _Value, "trial_id", "objective", "value", "value_type"
@@ -86,7 +95,9 @@ def read(
                 number=number,
                 state=state,
                 value=None,
-                values=[value for _, value in sorted(values[trial_id].items())] or None,
+                values=[value for _, value in sorted(values[trial_id].items())]
+                if state.is_finished() and values[trial_id]
+                else None,
                 datetime_start=_local(start),
                 datetime_complete=_local(complete),
                 params=params[trial_id],
@@ -96,9 +107,7 @@ def read(
                 intermediate_values=reports[trial_id],
                 trial_id=trial_id,
             )
-            for trial_id, number, state, start, complete in rows(
-                _Trial, "trial_id", "number", "state", "datetime_start", "datetime_complete"
-            )
+            for trial_id, number, state, start, complete in found
         ]
 
 

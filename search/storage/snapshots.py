@@ -67,7 +67,7 @@ class Snapshots:
                 ):
                     source.backup(target)
                     target.execute("PRAGMA journal_mode=delete")
-                if problem := problem_of(beside):
+                if problem := problem_of(beside, patience=0):  # the search goes on meanwhile
                     raise SearchError(f"{self._database} is damaged: {problem}")
             for old in _snapshots(self._database)[KEPT:]:
                 old.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _BUSY = 1.0  # seconds
 PRAGMAS = {"journal_mode": "wal", "synchronous": 1, "busy_timeout": round(1000 * _BUSY)}
 PREFIX = "sqlite:///"
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class SqliteFile(Database):
@@ -70,7 +71,7 @@ class SqliteFile(Database):
         from search.storage.patience import PatientStorage, patiently
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._check_file()
+        self._check_file(patience=patience, wait=wait)
         if not self.path.exists():
             patiently(lambda _: _create(self.path), self.path, wait=wait)
         storage = PatientStorage(
@@ -92,17 +93,17 @@ class SqliteFile(Database):
 
     def reader(self) -> PatientStorage | None:
         import optuna
+        from sqlalchemy.pool import NullPool  # how it is to be opened may change meanwhile
 
         from search.storage.patience import PatientStorage
 
+        self._check_file()
         if not self.path.exists():
             return None
-        self._check_file()
-        read_only = f"{PREFIX}file:{quote(str(self.path.resolve()))}?mode=ro&uri=true"
-        arguments = {"connect_args": {"timeout": _BUSY}}
+        arguments = {"creator": lambda: _opened(self.path), "poolclass": NullPool}
         try:
             return PatientStorage(
-                self.path, read_only, skip_table_creation=True, engine_kwargs=arguments
+                self.path, self.url, skip_table_creation=True, engine_kwargs=arguments
             )
         except optuna.exceptions.StorageInternalError:
             raise SearchError(
@@ -114,7 +115,7 @@ class SqliteFile(Database):
     def lost(self, error: Exception) -> SearchError:
         from search.storage.patience import cause_of, code_of
 
-        if code_of(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        if code_of(error) in _DAMAGE:
             return _damaged(self.path, str(cause_of(error)))
         needed = f" ({_needed(self.path)})" if code_of(error) == sqlite3.SQLITE_FULL else ""
         return SearchError(
@@ -123,37 +124,68 @@ class SqliteFile(Database):
             exit_code=EXIT_STORAGE_LOST,
         )
 
-    def _check_file(self) -> None:
+    def _check_file(self, **trying: Any) -> None:
         """Raises SearchError if there is a file that is no sound database: never a silent new
         one."""
-        if problem := problem_of(self.path):
+        if problem := problem_of(self.path, **trying):
             raise _damaged(self.path, problem)
 
 
-def problem_of(path: Path) -> str:
-    """What is wrong with a database file, or nothing; nothing for a missing one, too."""
+def problem_of(path: Path, **trying: Any) -> str:
+    """What is wrong with a database file, or nothing; nothing for a missing one, too.
+
+    Args:
+        trying: as of `patiently`.
+
+    Raises:
+        SearchError: if it can't be read, which says nothing of what is written; exit code 3.
+    """
+    from search.storage.patience import patiently
+
+    try:
+        return patiently(lambda _: _problem(path), path, **trying)
+    except (OSError, sqlite3.Error) as error:
+        raise SearchError(
+            f"the study file {path} can't be read ({error}); give this user the right to read it, "
+            "or, if its folder is read-only, copy the folder elsewhere and name the copy",
+            exit_code=EXIT_STORAGE_LOST,
+        ) from None
+
+
+def _problem(path: Path) -> str:
     if not path.exists():
         return ""
+    if not path.is_file():  # reading a folder is an I/O error, which might pass
+        return "it is no file"
     return "it is empty" if path.stat().st_size == 0 else _quick_check(path)
 
 
 def _quick_check(path: Path) -> str:
-    from search.storage.patience import code_of, patiently
+    from search.storage.patience import code_of
 
-    def check(_: bool) -> str:
-        try:
-            with closing(
-                sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)
-            ) as connection:
-                connection.execute(f"PRAGMA busy_timeout={PRAGMAS['busy_timeout']}")
-                (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        except sqlite3.DatabaseError as error:
-            if code_of(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise  # somebody writes: that says nothing of what is written
-            return str(error)
-        return "" if answer == "ok" else str(answer)
+    try:
+        with closing(_opened(path)) as connection:
+            (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.DatabaseError as error:
+        if code_of(error) not in _DAMAGE:
+            raise  # somebody writes: that says nothing of what is written
+        return str(error)
+    return "" if answer == "ok" else str(answer)
 
-    return patiently(check, path)
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """To read it. A reader in WAL mode makes files beside it, which it can't in a read-only folder;
+    where none is left of a writer's, all is in the file, and SQLite is told to need no others."""
+    path = path.resolve()
+    beside = [path.with_name(path.name + end) for end in ("-journal", "-shm", "-wal")]
+    may_write = os.access(path.parent, os.W_OK, effective_ids=True)
+    is_alone = not may_write and not any(map(Path.exists, beside))
+    return sqlite3.connect(
+        f"file:{quote(str(path))}?mode=ro" + ("&immutable=1" if is_alone else ""),
+        uri=True,
+        timeout=_BUSY,
+        check_same_thread=False,  # the collector may close it, in any
+    )
 
 
 def _create(path: Path) -> None:

@@ -92,7 +92,7 @@ def _of_trial(study: optuna.Study, trial: FrozenTrial, standing: Standing | None
     if isinstance(speed := attrs.get("images_per_second"), float):
         rows["training"] = f"{speed:,.0f} images/s"
     if "known_point" in attrs:
-        rows["point"] = "a known one, tried first and never pruned"
+        rows["point"] = "a known one, tried first"
     yield from _table(("", ""), rows.items())
     attempts = [attempt for attempt in attrs.get("attempts", []) if "host" in attempt]
     if len(attempts) > 1:

@@ -148,8 +148,8 @@ class Retraining:
         if untrained:
             names = [job.stem for job in untrained]
             logger.info("training %s", ", ".join(names[:6]) + ", ..." * (len(names) > 6))
-        # The last jobs may be fewer than the slots.
-        num_last = len(untrained) % len(pool.slots)
+        # The last jobs may be fewer than the slots, and can have more cores for that.
+        num_last = len(untrained) % len(pool.slots) if pool.can_widen() else 0
         first, last = untrained[: len(untrained) - num_last], untrained[len(untrained) - num_last :]
         self._do(pool, first, self._training, self._trained)
         if last:
@@ -193,8 +193,6 @@ class Retraining:
 
     def _widen(self, pool: Pool, wave: list[Job]) -> None:
         """Where there are fewer jobs than slots, each gets more of the cores."""
-        if any(slot.device.gpu is not None for slot in pool.slots):
-            return
         threads = max(1, devices.cores() // len(wave))
         speed = wave[0].images_per_second
         images = wave[0].record["epochs"] * wave[0].record["share"] * self._images_per_epoch

@@ -43,6 +43,23 @@ def oom_kills() -> int:
     return 0
 
 
+class OomKills:
+    """Tells whether one has come. There is one of it for all workers that share a count, so that a
+    kill is evidence for a single one of them.
+
+    Args:
+        count: of `oom_kills`, before the first worker.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def has_grown(self, count: int) -> bool:
+        """Whether it is more than when this was last asked."""
+        before, self._count = self._count, count
+        return count > before
+
+
 def _contents(controller: str, version_2: str, version_1: str) -> Iterator[str]:
     """A file of the own group, then of those above it: limits of all of them hold. In a container
     the own group is the root of what is mounted."""

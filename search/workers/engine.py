@@ -36,6 +36,9 @@ class Worker(Protocol):
     def was_killed(self) -> bool:
         """Whether it did not end by itself; call after `kill`."""
 
+    def ran_out_of_memory(self) -> bool:
+        """Whether there is evidence that it was killed for memory; ask once, if it was killed."""
+
     def post_mortem(self) -> str:
         """How it ended and the last lines that it wrote; call after `kill`."""
 

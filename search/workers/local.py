@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search import folders
+from search.workers import cgroup
 from search.workers.devices import Device, share_out
 from search.workers.protocol import Channel, Message
 
@@ -29,6 +30,7 @@ class LocalWorker:
     process: subprocess.Popen[bytes]
     log: Path
     log_start: int  # bytes of the log that earlier workers wrote
+    oom_kills: cgroup.OomKills  # of all workers of the engine
 
     @property
     def pid(self) -> int:
@@ -44,6 +46,10 @@ class LocalWorker:
     def was_killed(self) -> bool:
         """Whether a signal ended it; call after `kill`, which does not change how it ended."""
         return self.process.returncode < 0
+
+    def ran_out_of_memory(self) -> bool:
+        """Whether there is evidence that it was killed for memory; ask once, if it was killed."""
+        return self.oom_kills.has_grown(cgroup.oom_kills())
 
     def kill(self) -> None:
         """End it now, whatever it does, and what it has started; returns when it is gone."""
@@ -74,6 +80,7 @@ class LocalEngine:
 
     def __init__(self, log_folder: Path):
         self._log_folder = log_folder
+        self._oom_kills = cgroup.OomKills(cgroup.oom_kills())
 
     def devices(self, workers: str) -> list[Device]:
         return share_out(workers)
@@ -110,4 +117,4 @@ class LocalEngine:
                 start_new_session=True,
                 umask=folders.PRIVATE,
             )
-            return LocalWorker(Channel(ours), process, path, log.tell())
+            return LocalWorker(Channel(ours), process, path, log.tell(), self._oom_kills)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from search.errors import SearchError
-from search.workers import cgroup
 from search.workers.devices import Device, share_out
 from search.workers.engine import Engine, Worker
 from search.workers.local import LocalEngine
@@ -32,8 +31,11 @@ MAX_GROWTH = 130 * 2**20  # bytes
 SILENT_INTERVALS = 10
 LEAST_SILENCE = 300.0  # seconds
 OUT_OF_MEMORY = "out_of_memory"  # how an attempt ended, where there is evidence
-_MAX_FAILED_STARTS = 3  # workers in a row that die before they are ready
+_MAX_FAILED_STARTS = 3  # workers of a slot in a row that die before they are ready
 _MAX_KILLED_STARTS = 12  # the same by signals: somebody else may send them, or memory lacks
+# Where other slots go on, one whose workers fail so often is tried again later and later: what is
+# wrong with a node, a disk or a file may pass.
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
 
 
 class Interrupted(Exception):
@@ -96,8 +98,12 @@ class Slot:
     index: int
     device: Device
     worker: Worker | None = None
+    host: str = ""  # of its last worker that was ready
     described: bool = False  # has loaded the study and can be prepared
     ready: bool = False
+    failed_starts: int = 0  # workers in a row that were never ready
+    is_hopeless: bool = False  # there were too many of these
+    start_at: float = 0.0  # monotonic seconds, where it has no worker
     task: Task | None = None
     rss: int = 0  # bytes, after the last task
     rss_at_first: int = 0  # bytes, after the worker's first task
@@ -171,8 +177,6 @@ class Pool:
         self._opening = opening
         self._preparation: Message | None = None
         self._selector = selectors.DefaultSelector()
-        self._failed_starts = 0
-        self._oom_kills = cgroup.oom_kills()
         self._listened = time.monotonic()  # when it was last seen what the workers said
         self.interrupted = 0  # the number of the signal that asked the run to end
         self.described: Message | None = None  # what the study says of itself
@@ -230,11 +234,11 @@ class Pool:
         """Start a task on an idle slot; a worker that takes longer (seconds) is replaced.
 
         Args:
-            alone: the others, idle all, are replaced first: an idle worker keeps what memory its
-                last task took, on a GPU too.
+            alone: the others of its host, idle all, are replaced first: an idle worker keeps what
+                memory its last task took, on a GPU too.
         """
         for other in self.slots if alone else ():
-            if other is not slot:
+            if other is not slot and other.host == slot.host:
                 self._restart(other)
         slot.task = Task(trial, attempt, content, timeout)
         self._send(slot, {"type": "start", "trial": trial, "attempt": attempt, **content})
@@ -244,14 +248,25 @@ class Pool:
         for slot in self.busy():
             self._restart(slot)
 
+    def shares_gpu(self, slot: Slot) -> bool:
+        """Whether another slot may take memory of this one's GPU, or it has none of its own."""
+        mine = slot.host, slot.device.gpu
+        others = ((other.host, other.device.gpu) for other in self.slots if other is not slot)
+        return slot.device.gpu is None or mine in others
+
     def answer(self, slot: Slot, **content: Any) -> None:
         if slot.task is not None:
             stamp = {"trial": slot.task.trial, "attempt": slot.task.attempt}
             self._send(slot, {"type": "answer", **stamp, **content})
 
+    def can_widen(self) -> bool:
+        """Whether more threads are of use, and to be had."""
+        has_gpu = any(slot.device.gpu is not None for slot in self.slots)
+        return self._engine.has_wide_workers and not has_gpu
+
     def give_threads(self, slot: Slot, threads: int) -> None:
         """Replace an idle slot's worker by one with so many threads (fixed when one starts)."""
-        if slot.device.threads == threads or not self._engine.has_wide_workers:
+        if slot.device.threads == threads:
             return
         slot.device = Device(threads, slot.device.gpu)
         self._restart(slot)
@@ -268,7 +283,8 @@ class Pool:
         """What the workers have said by now; waits up to `timeout` seconds for the first word.
 
         Raises:
-            SearchError: if the study can't be loaded, or workers keep dying before they are ready.
+            SearchError: if the study can't be loaded, or no slot's workers live until they are
+                ready, or one comes with another space than the first.
             Interrupted: once a signal has come.
         """
         if self.interrupted:
@@ -277,11 +293,17 @@ class Pool:
             self.slots.append(Slot(len(self.slots), device))
             self._start(self.slots[-1])
         now = time.monotonic()
-        for task in (slot.task for slot in self.slots if slot.task):
-            # A storage that fails may have kept the coordinator from listening.
-            task.excuse(now - self._listened, now)
+        for without in self.slots:
+            if without.worker is None and now >= without.start_at:
+                self._start(without)
+        # A storage that fails may have kept the coordinator from listening.
+        self._excuse(now - self._listened, now)
         heard = self._selector.select(timeout)
         self._listened = time.monotonic()
+        # Ctrl-Z, and then fg an hour later.
+        self._excuse(self._listened - now - timeout, self._listened)
+        if self.interrupted:  # who sent the signal may have sent it to the workers, too
+            raise Interrupted(self.interrupted)
         for key, _ in heard:
             slot: Slot = key.data
             if slot.worker is None or slot.worker.channel is not key.fileobj:
@@ -302,6 +324,10 @@ class Pool:
             elif slot.task and (why := slot.task.overdue(self._silence, self._listened)):
                 yield from self._end_late(slot, slot.task, why)
 
+    def _excuse(self, seconds: float, now: float) -> None:
+        for task in (slot.task for slot in self.slots if slot.task and seconds > 0):
+            task.excuse(seconds, now)
+
     def _hear(self, slot: Slot, message: Message) -> Event | None:
         type_ = message["type"]
         if type_ == "described":
@@ -311,13 +337,24 @@ class Pool:
                 self._send(slot, self._preparation)
             return None
         if type_ == "ready":
-            slot.ready = True
+            assert slot.worker is not None
+            slot.ready, slot.host = True, slot.worker.host
             slot.rss = message["rss"]
-            self._failed_starts = 0
+            slot.failed_starts, slot.is_hopeless = 0, False
             self.space = self.space or message
+            if "space" in message and message["space"] != self.space["space"]:
+                raise SearchError(
+                    "the study's file has changed while it was run: its space is another one now. "
+                    "Put it back and type the same command, or take another --out"
+                )
             return None
         if type_ == "failed":
-            raise SearchError(message["message"], detail=message.get("traceback", ""))
+            if self.space is None:
+                raise SearchError(message["message"], detail=message.get("traceback", ""))
+            logger.warning("worker %d could not begin: %s", slot.index, message["message"])
+            self._stop(slot)
+            self._start_later(slot, message["message"], message.get("traceback", ""))
+            return None
         task = slot.task
         if task is None or (message["trial"], message["attempt"]) != (task.trial, task.attempt):
             return None  # what an old attempt says
@@ -346,25 +383,34 @@ class Pool:
         assert worker is not None
         self._stop(slot)
         how = worker.post_mortem()
-        # Once one has been ready, a worker that is killed while it starts says nothing about us.
-        if not was_ready and (self.space is None or not worker.was_killed()):
-            self._failed_starts += 1
-        most = _MAX_KILLED_STARTS if worker.was_killed() else _MAX_FAILED_STARTS
-        if self._failed_starts >= most:
-            raise SearchError(
-                f"{self._failed_starts} workers in a row died before they were ready; the last "
-                f"{how.splitlines()[0]}, see {worker.log}",
-                detail=how,
-            )
         logger.warning("worker %d (process %d) %s", slot.index, worker.pid, how.splitlines()[0])
-        self._start(slot)
-        kind = self._why_killed() if worker.was_killed() else "killed"
+        if was_ready:
+            self._start(slot)
+        else:
+            most = _MAX_KILLED_STARTS if worker.was_killed() else _MAX_FAILED_STARTS
+            self._start_later(slot, f"{how.splitlines()[0]}, see {worker.log}", how, most)
+        for_memory = worker.was_killed() and worker.ran_out_of_memory()
+        kind = OUT_OF_MEMORY if for_memory else "killed"
         if task:
             yield Event(slot, {"type": "lost"}, lost=how, task=task, kind=kind)
 
-    def _why_killed(self) -> str:
-        before, self._oom_kills = self._oom_kills, cgroup.oom_kills()
-        return OUT_OF_MEMORY if self._oom_kills > before else "killed"
+    def _start_later(
+        self, slot: Slot, how: str, detail: str, most: int = _MAX_FAILED_STARTS
+    ) -> None:
+        """A worker was never ready: the next may be. Raises SearchError where no slot's was."""
+        slot.failed_starts += 1
+        slot.is_hopeless = slot.failed_starts >= most
+        if all(other.is_hopeless for other in self.slots):
+            raise SearchError(
+                f"{slot.failed_starts} workers in a row died before they were ready; the last "
+                f"{how}",
+                detail=detail,
+            )
+        if slot.is_hopeless:
+            pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(slot.failed_starts - most, 9))
+            slot.start_at = time.monotonic() + pause
+        else:
+            self._start(slot)
 
     def _end_late(self, slot: Slot, task: Task, why: str) -> Iterator[Event]:
         logger.warning("worker %d %s and is replaced", slot.index, why)

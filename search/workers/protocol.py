@@ -12,7 +12,6 @@
     answer   trial, attempt, value (prune?)  ->
                                              <-   progress   trial, attempt, ... (no answer)
                                              <-   finished   trial, attempt, outcome, ...
-    exit                                     ->
 
 Every message about a task carries trial and attempt, so that what an old attempt says can be
 dropped. No pickle: a worker can make the coordinator do nothing but these. A closed socket is a
@@ -21,6 +20,7 @@ death notice, in both directions.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -67,9 +67,11 @@ class Channel:
         *lines, self._unread = (self._unread + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def is_readable(self) -> bool:
-        """Whether there is something to receive, or an end of file."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+    def is_readable(self, timeout: float = 0.0) -> bool:
+        """Whether there is something to receive, or an end of file, within `timeout` seconds."""
+        poll = select.poll()  # select.select takes no descriptor above 1023
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(1000 * timeout))
 
     def close(self) -> None:
         self._socket.close()
@@ -152,7 +154,8 @@ class RemoteTrial:
         """Store `value` at `step` (whole number from 0) and learn whether to go on.
 
         Args:
-            metrics: more figures of this step, stored beside the value.
+            metrics: more figures of this step, stored beside the value. Here and in `progress`,
+                what is no finite number is left out.
             progress: figures for the terminal only, such as images_per_second.
 
         Raises:
@@ -160,9 +163,12 @@ class RemoteTrial:
         """
         if not math.isfinite(value):
             raise Diverged(f"the value reported at step {step} is {value}")
-        finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
         self._prune = self._ask(
-            "report", value=float(value), step=int(step), metrics=finite, progress=progress
+            "report",
+            value=float(value),
+            step=int(step),
+            metrics=_finite(metrics or {}),
+            progress=_finite(progress),
         )
 
     def should_prune(self) -> bool:
@@ -175,10 +181,10 @@ class RemoteTrial:
             {"type": "resumed", "trial": self.number, "attempt": self.attempt, "step": step}
         )
 
-    def progress(self, **figures: Any) -> None:
-        """Figures for the terminal only, of work that comes before the first report."""
+    def progress(self, note: str) -> None:
+        """For the terminal only, of work that comes before the first report."""
         self._connection.send(
-            {"type": "progress", "trial": self.number, "attempt": self.attempt, **figures}
+            {"type": "progress", "trial": self.number, "attempt": self.attempt, "note": note}
         )
 
     def set_user_attr(self, key: str, value: Any) -> None:
@@ -198,3 +204,12 @@ class RemoteTrial:
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["value"]
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, float]:
+    finite = {}
+    for name, value in figures.items():
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # no number
+            if math.isfinite(number := float(value)):
+                finite[name] = number
+    return finite

@@ -26,6 +26,7 @@ from search import artifacts
 from search.data import datasets, fetching, image_folder
 from search.errors import EXIT_USAGE, SearchError
 from search.workers import devices, relay
+from search.workers.cgroup import OomKills
 from search.workers.devices import Device
 from search.workers.protocol import Channel, Message
 
@@ -36,6 +37,7 @@ _REACHABLE = 5.0  # seconds for a connection to a cluster
 _ANSWER = 60.0  # seconds for a node's description
 _LOOK = 5.0  # seconds between two looks at which nodes there are
 _GONE = 3.0  # seconds for an actor to end its worker, before it is ended itself
+_PATHS = ("path", "pictures", "model")  # what tasks call files of the run's folder
 _NO_TOKEN = (
     "whoever reaches a Ray cluster without token authentication runs code on it. Start it "
     "and this command with RAY_AUTH_MODE=token, or take --allow-insecure-ray"
@@ -70,13 +72,15 @@ class RayEngine:
         insecure: bool = False,
     ):
         self._ray = _joined(address, insecure)
+        groups = {"in": 1, "out": 1, "end": 1}
+        self._relay = self._ray.remote(concurrency_groups=groups)(relay.Relay)
         self._folder, self._study = str(folder.absolute()), study
         name = f"{socket.gethostname()}:{self._folder}"
         self._run = hashlib.sha256(name.encode()).hexdigest()[:16]
         self._share = {"num_cpus": 1.0, "num_gpus": 0.0}  # of each worker
         self._device, self._num_workers = Device(1), 0
         self._counted = ""  # what each worker has one of: as many as there are, now and later
-        self._home = str(fetching.keras_datasets().parent)
+        self._home = str(fetching.keras_datasets().parent.absolute())
         self._files: relay.Files = {}  # that workers read
         self._study_files = self._put(_contents(_beside(study)))
         self._shared = None if shared is None else Path(shared).absolute()
@@ -86,9 +90,10 @@ class RayEngine:
         self._asked: dict[str, Any] = {}  # nodes -> their descriptions, to come
         self._fit: set[str] = set()  # nodes that can be used
         self._unfit: set[str] = set()
+        self._oom_kills: dict[str, OomKills] = {}  # by host
         self._looked = time.monotonic()
         try:
-            self._ask_newcomers()
+            self._ask(self._newcomers())
             for node in list(self._asked):
                 self._judge(node)
         except BaseException:
@@ -111,10 +116,10 @@ class RayEngine:
         # More workers than GPUs share them; more than cores, too.
         self._share = {
             "num_gpus": _fraction(gpus, count) if gpus else 0.0,
-            "num_cpus": 0.0 if gpus else _fraction(cpus, count),
+            "num_cpus": 0.0 if gpus else _cores_each(self._each("CPU"), count),
         }
         threads = max(1, cpus // max(count, gpus or 1))
-        if not gpus:  # as many as it may have on a node
+        if not gpus:
             threads = max(1, int(self._share["num_cpus"]))
         if workers == "auto":
             self._counted = "GPU" if gpus else "CPU"
@@ -125,7 +130,12 @@ class RayEngine:
         if time.monotonic() < self._looked + _LOOK:
             return []
         self._looked = time.monotonic()
-        self._ask_newcomers()
+        newcomers = self._newcomers()
+        try:
+            self._ask(newcomers)
+        except SearchError as error:
+            self._unfit |= newcomers
+            logger.warning("%s; a node that has joined is not used", error)
         for node, answer in list(self._asked.items()):
             if not self._ray.wait([answer], timeout=0)[0]:
                 continue
@@ -156,16 +166,13 @@ class RayEngine:
         return settings
 
     def start(self, device: Device, slot: int) -> RayWorker:
-        actor = (
-            self._ray.remote(concurrency_groups={"in": 1, "out": 1, "end": 1})(relay.Relay)
-            .options(**self._share, **self._elsewhere())
-            .remote(self._run, self._folder, str(relay.ROOT))
-        )
+        options = self._relay.options(**self._share, **self._elsewhere())
+        actor = options.remote(self._run, self._folder, str(relay.ROOT))
         backend = os.environ.get("KERAS_BACKEND", "tensorflow")
         begun = actor.begin.remote(
             slot, device, self._home, backend, self._study_files, self._versions
         )
-        return RayWorker(self._ray, actor, begun, self._files)
+        return RayWorker(self._ray, actor, begun, self._files, self._oom_kills)
 
     def close(self) -> None:
         self._clear_shared()
@@ -190,9 +197,14 @@ class RayEngine:
         """Nodes and what each has."""
         return {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
 
-    def _total(self, resource: str) -> int:
+    def _each(self, resource: str) -> list[int]:
+        """What the nodes have that can be used and have any."""
         nodes = self._alive()
-        return int(sum(nodes[node].get(resource, 0) for node in nodes.keys() & self._fit))
+        found = (int(nodes[node].get(resource, 0)) for node in nodes.keys() & self._fit)
+        return [count for count in found if count]
+
+    def _total(self, resource: str) -> int:
+        return sum(self._each(resource))
 
     def _call(self, node: str, function: Any, *arguments: Any) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -201,12 +213,18 @@ class RayEngine:
         call = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
         return call.remote(*arguments)
 
-    def _ask_newcomers(self) -> None:
-        """Have nodes that have not been seen yet describe themselves."""
-        new = self._alive().keys() - self._asked.keys() - self._fit - self._unfit
-        if new and self._shared:
+    def _newcomers(self) -> set[str]:
+        return self._alive().keys() - self._asked.keys() - self._fit - self._unfit
+
+    def _ask(self, nodes: set[str]) -> None:
+        """Have them describe themselves.
+
+        Raises:
+            SearchError: if the shared folder can't be written.
+        """
+        if nodes and self._shared:
             artifacts.write_text(self._shared / f".{self._word}", self._word)
-        for node in new:
+        for node in nodes:
             folder = str(self._shared or "")
             self._asked[node] = self._call(node, relay.describe, folder, self._word, node)
 
@@ -219,7 +237,7 @@ class RayEngine:
         try:
             found = self._ray.get(self._asked.pop(node), timeout=_ANSWER)
             # By its name: a network folder's listing may be a minute old.
-            answer = self._shared and (self._shared / f".{self._word}.{node}").is_file()
+            answer = self._shared and os.path.isfile(self._shared / f".{self._word}.{node}")
         except self._ray.exceptions.RayError as error:
             if node not in self._alive():  # a cluster notices late that one has gone
                 logger.warning("a node of the cluster left before it could be asked")
@@ -251,8 +269,9 @@ class RayEngine:
         self._fit.add(node)
 
     def _clear_shared(self) -> None:
-        for left in self._shared.glob(f".{self._word}*") if self._shared else ():
-            left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a network folder may be away
+            for left in self._shared.glob(f".{self._word}*") if self._shared else ():
+                left.unlink(missing_ok=True)
 
 
 class RayWorker:
@@ -261,16 +280,19 @@ class RayWorker:
     Args:
         begun: the answer to its `begin`, to come.
         files: that have to be there before it is prepared; more may come.
+        oom_kills: of each host, of all its workers.
     """
 
-    def __init__(self, ray: Any, actor: Any, begun: Any, files: relay.Files):
+    def __init__(
+        self, ray: Any, actor: Any, begun: Any, files: relay.Files, oom_kills: dict[str, OomKills]
+    ):
         ours, self._theirs = socket.socketpair()
         self._ray, self._actor, self._begun = ray, actor, begun
         self._task: Message = {}
         self.channel = _RayChannel(ours, self._send)
         self.pid, self.host, self.log = 0, "the cluster", "its node"  # until it has begun
-        self._files = files
-        self._ended: tuple[bool, str] | None = None  # whether it was killed, its last words
+        self._files, self._oom_kills = files, oom_kills
+        self._ended: Message = {}  # as its actor's `end` tells, or as far as is known without
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
 
@@ -278,11 +300,17 @@ class RayWorker:
         return self._thread.is_alive()
 
     def was_killed(self) -> bool:
-        return self._ended is None or self._ended[0]
+        return bool(self._ended.get("was_killed", True))
+
+    def ran_out_of_memory(self) -> bool:
+        """Whether there is evidence that it was killed for memory; ask once, if it was killed."""
+        if "oom_kills" in self._ended:
+            return self._oom_kills[self.host].has_grown(self._ended["oom_kills"])
+        return bool(self._ended.get("out_of_memory"))
 
     def kill(self) -> None:
         with contextlib.suppress(Exception):  # it is gone, or has never been
-            if self._ended is None and self.pid:
+            if not self._ended and self.pid:
                 self._ended = self._ask("end", timeout=_GONE)
         with contextlib.suppress(Exception):
             self._ray.kill(self._actor, no_restart=True)
@@ -290,10 +318,12 @@ class RayWorker:
         self._thread.join(_GONE)
 
     def post_mortem(self) -> str:
-        return self._ended[1] if self._ended else "was lost with its actor or node"
+        return str(self._ended.get("words", "was lost with its actor or node"))
 
     def _send(self, message: Message) -> None:
         if message["type"] == "start":
+            named = {name: Path(message[name]) for name in _PATHS if message.get(name)}
+            message = message | {name: str(path.absolute()) for name, path in named.items()}
             self._task = message
         line = json.dumps(message, allow_nan=False).encode()
         files = self._files if message["type"] == "prepare" else {}
@@ -308,6 +338,7 @@ class RayWorker:
         """Carries what the worker says to the coordinator's socket, until there is no more."""
         try:
             begun = self._ray.get(self._begun)
+            self._oom_kills.setdefault(begun["host"], OomKills(begun["oom_kills"]))
             self.host, self.log, self.pid = begun["host"], begun["log"], begun["pid"]
             while (data := self._ask("receive")) != b"":
                 for line in (data or b"").splitlines(keepends=True):
@@ -316,9 +347,11 @@ class RayWorker:
             self._ended = self._ask("end", timeout=_GONE)
         except self._ray.exceptions.RayActorError:
             pass  # the actor has died: post_mortem says so
+        except self._ray.exceptions.OutOfMemoryError:  # before the kernel would have
+            self._ended = {"words": "was ended by Ray for memory", "out_of_memory": True}
         except (self._ray.exceptions.RayError, SearchError, ValueError, OSError) as error:
             logger.debug("a worker's actor: %s", error)
-            self._ended = (True, f"was given up: {_one_line(error)}")
+            self._ended = {"words": f"was given up: {_one_line(error)}"}
         finally:
             self._theirs.close()
 
@@ -402,6 +435,16 @@ def _fraction(available: int, count: int) -> float:
     """Of a resource for each of so many workers: 1/K, so that K fit on each GPU, wherever it is;
     rounded down as Ray counts."""
     return int(10_000 / math.ceil(count / available)) / 10_000
+
+
+def _cores_each(nodes: list[int], count: int) -> float:
+    """Of the cores of these nodes for each of so many workers: as many as let all of them run at
+    once, and one of them on whichever node is left."""
+    if count > sum(nodes):
+        return _fraction(sum(nodes), count)
+    most = min(sum(nodes) // count, *nodes)
+    fits = (each for each in range(most, 0, -1) if sum(node // each for node in nodes) >= count)
+    return float(next(fits))
 
 
 def _beside(study: Path) -> list[Path]:

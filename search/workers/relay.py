@@ -3,6 +3,7 @@
 The worker is the one of a local search, `python -m search.workers.worker` on a socket pair. Paths
 of the driver's that a message names lie below a folder of the node's own, `<node folder>/<path>`;
 files come there from Ray's object store once, or are linked where the node has the same file.
+Checkpoints alone lie where the driver says: in the folder that all nodes share.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from search import folders, provenance
+from search.workers import cgroup
 from search.workers.devices import Device
 from search.workers.local import LocalEngine, LocalWorker
 
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[2]  # the folder that holds the package
 CHUNK = 4 << 20  # bytes of a file in one message
 _PACKAGES = ("search", "spaces", "studies")  # installed on each node
 _PATIENCE = 20.0  # seconds until a worker that is silent is asked for again
+_SHARED = ("checkpoint", "checkpoints")  # a message's names for what is not translated
 Files = dict[str, tuple[str, Any]]  # the driver's path -> SHA-256, reference of the content
 
 
@@ -116,7 +118,7 @@ class Relay:
         files: Files,
         driver: dict[str, str],
     ) -> Any:
-        """Start the worker; its process and host.
+        """Start the worker; its process, its host, and how often that has killed for memory.
 
         Args:
             home: the driver's KERAS_HOME.
@@ -141,7 +143,12 @@ class Relay:
         self._worker = LocalEngine(logs).start(device, slot)
         self._begun.set()
         host = socket.gethostname()
-        return {"pid": self._worker.pid, "host": host, "log": f"{host}:{self._worker.log}"}
+        return {
+            "pid": self._worker.pid,
+            "host": host,
+            "log": f"{host}:{self._worker.log}",
+            "oom_kills": cgroup.oom_kills(),
+        }
 
     @_group("in")
     def send(self, line: bytes, files: Files) -> None:
@@ -166,12 +173,12 @@ class Relay:
     def receive(self) -> bytes | None:
         """Whole lines of what the worker has said; None if nothing for a while, b"" at its end."""
         assert self._worker is not None
-        sock = self._worker.channel.fileno()
+        channel = self._worker.channel
         while True:
-            if not select.select([sock], [], [], _PATIENCE)[0]:
+            if not channel.is_readable(_PATIENCE):
                 return None
             try:
-                data = os.read(sock, 1 << 20)
+                data = os.read(channel.fileno(), 1 << 20)
             except OSError:
                 data = b""
             whole, found, rest = (self._unread + data).rpartition(b"\n")
@@ -182,14 +189,17 @@ class Relay:
                 return whole + found
 
     @_group("end")
-    def end(self) -> tuple[bool, str]:
-        """End the worker and what it has started; whether it was killed, and its last words."""
+    def end(self) -> dict[str, Any]:
+        """End the worker and what it has started; whether it was killed, its last words, and how
+        often its host has now killed for memory."""
         if self._worker is None:
-            return True, "had not begun"
+            return {"was_killed": True, "words": "had not begun"}
         self._worker.kill()
-        if self._failure:
-            return False, self._failure
-        return self._worker.was_killed(), self._worker.post_mortem()
+        return {
+            "was_killed": not self._failure and self._worker.was_killed(),
+            "words": self._failure or self._worker.post_mortem(),
+            "oom_kills": cgroup.oom_kills(),
+        }
 
     @_group("out")
     def read(self, path: str, offset: int) -> bytes:
@@ -202,7 +212,10 @@ class Relay:
         """A message with this node's paths in the place of the driver's."""
         match value:
             case dict():
-                return {name: self._translated(inner) for name, inner in value.items()}
+                return {
+                    name: inner if name in _SHARED else self._translated(inner)
+                    for name, inner in value.items()
+                }
             case list():
                 return [self._translated(inner) for inner in value]
             case str():
@@ -212,7 +225,9 @@ class Relay:
         return value
 
     def _own(self, path: str) -> str:
-        return f"{self._node}{path}"
+        if not os.path.isabs(path):
+            raise ValueError(f"paths of the driver's are absolute. Received: {path!r}")
+        return f"{self._node}{os.path.normpath(path)}"  # ".." might lead out of the folder
 
     def _place(self, files: Files) -> None:
         """Have these files here, each once for all workers of the node."""

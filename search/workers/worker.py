@@ -12,6 +12,7 @@ import dataclasses
 import math
 import numbers
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -32,8 +33,18 @@ from search.workers.protocol import (
 if TYPE_CHECKING:
     from studies.study import Study
 
+# What TensorFlow and XLA say of a full GPU, where the error's class does not.
+_NO_MEMORY = (
+    *("resource_exhausted", "cuda_error_out_of_memory", "failed to allocate"),
+    "dst tensor is not initialized",  # a copy to the GPU found no room for its target
+)
+
 
 def main() -> None:
+    # Who stops the whole job (a cluster's scheduler, the system) sends its signal to everybody: the
+    # coordinator answers, and ends this process. A handler, unlike SIG_IGN, is not inherited.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
     connection = WorkerConnection(Channel(socket.socket(fileno=int(sys.argv[1]))))
     try:
         from search import catalogue
@@ -56,8 +67,8 @@ def main() -> None:
         )
         connection.receive()  # the coordinator ends this process when it has heard
         return
-    while (message := connection.receive())["type"] != "exit":
-        _do(connection, tasks, message)
+    while True:
+        _do(connection, tasks, connection.receive())
 
 
 class FunctionTasks:
@@ -150,11 +161,11 @@ def _is_pruned(error: Exception) -> bool:
 
 def _failure(error: Exception) -> Message:
     """How a task ended that raised: `out_of_memory`, or `error` with the traceback."""
-    name = type(error).__name__
+    name, said = type(error).__name__, str(error).casefold()
     exhausted = isinstance(error, MemoryError) or name == "ResourceExhaustedError"
     if isinstance(error, SearchError):
         return {"outcome": "error", "reason": str(error), "traceback": error.detail}
-    if exhausted or "RESOURCE_EXHAUSTED" in str(error):
+    if exhausted or any(words in said for words in _NO_MEMORY):
         return {"outcome": "out_of_memory", "reason": str(error).partition("\n")[0] or name}
     return {"outcome": "error", "reason": f"{name}: {error}", "traceback": _own_frames(error)}
 

@@ -16,8 +16,8 @@ is pruned adds nothing.
 
 Peers do what their documentation says: one process, all cores, float32, epochs of the whole
 training part, `fit` on arrays. Their HyperModel is study cnn's space with the `fit` that KerasTuner
-documents for a tuned batch size. Epochs are the study's, and for Hyperband, whose max_epochs is to
-be slightly more than what converges, those of the study's final training.
+documents for a tuned batch size. Epochs are the study's, for Hyperband, too: with the twelve of the
+study's final training its first bracket alone would take longer than the race.
 """
 
 from __future__ import annotations
@@ -197,10 +197,13 @@ def keras_tuner_peer(tuner: str, seed: int, dataset: str, scratch: Path, log: Lo
     from studies.cnn import study
 
     keras.utils.set_random_seed(seed)
-    is_hyperband = tuner == "Hyperband"
-    epochs = math.ceil((study.final_epochs or study.epochs) if is_hyperband else study.epochs)
+    epochs = math.ceil(study.epochs)
     # "As high a value as is within your resource budget": the race ends it.
-    most = {"max_epochs": epochs, "hyperband_iterations": 10**6} if is_hyperband else {}
+    most = (
+        {"max_epochs": epochs, "hyperband_iterations": 10**6}
+        if tuner == "Hyperband"
+        else {"max_trials": 10**6}
+    )
     train, val, space = data_and_space(dataset, epochs, log)
     searched = getattr(keras_tuner, tuner)(
         space,
@@ -208,7 +211,7 @@ def keras_tuner_peer(tuner: str, seed: int, dataset: str, scratch: Path, log: Lo
         seed=seed,
         directory=scratch,
         project_name="race",
-        **(most or {"max_trials": 10**6}),
+        **most,
     )
     searched.search(
         *train,

@@ -43,7 +43,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import sampling
-from search.pruning import SuccessiveHalvingOfReports, pruner
+from search.pruning import SuccessiveHalvingOfReports, is_beaten, pruner
 from studies.study import Study
 
 CLOSE = 0.003  # of the best, in accuracy
@@ -160,7 +160,7 @@ class Policy:
             each rung unless it is among the best there, and a free worker first goes on with the
             best paused trial that has meanwhile come to be among them.
         every: reports of the table for one report of the search.
-        known: try the known points first, to their end.
+        known: try the known points first, as the product does.
     """
 
     sampler: str = "tpe"
@@ -229,7 +229,7 @@ class Replay:
                 value = float(self._table.final[run.point])
                 best = max(best, value)
                 self._study.tell(run.number, value)
-                if value >= self._table.goal:
+                if value >= self._table.goal and not run.is_known:
                     return Outcome(now, self._num_trials, best)
                 self._begin(now)
             elif self._goes_on(run):
@@ -266,7 +266,8 @@ class Replay:
         policy = self._policy
         is_sequence = policy.sampler == "qmc"
         seed = self._seed if is_sequence else sampling.seed_for(self._seed, trial.number)
-        sampler = sampling.sampler(policy.sampler, seed, trial.number, policy.startup_trials)
+        startup_trials = policy.startup_trials + policy.known * int(self._table.known.sum())
+        sampler = sampling.sampler(policy.sampler, seed, trial.number, startup_trials)
         shown = optuna.pruners._filter_study(self._study, trial)
         joint = sampler.sample_relative(
             shown, trial, sampler.infer_relative_search_space(shown, trial)
@@ -336,11 +337,10 @@ class Replay:
         self._storage.set_trial_intermediate_value(run.trial_id, run.step, float(value))
         clock = self._storage.get_trial(run.trial_id).user_attrs.get(_CLOCK, [])
         self._storage.set_trial_user_attr(run.trial_id, _CLOCK, [*clock, run.seconds])
-        if run.is_known:
-            return True
         trial = self._storage.get_trial(run.trial_id)
-        stops = self._study.pruner.prune(self._study, trial)
-        if self._rungs and not stops:
+        may_end = not run.is_known or is_beaten(self._study, trial)
+        stops = may_end and self._study.pruner.prune(self._study, trial)
+        if self._rungs and not stops and not run.is_known:
             stops = self._rungs.pauses(run, max(trial.intermediate_values.values()))
         if stops:
             self._study.tell(run.number, state=TrialState.PRUNED)

@@ -6,7 +6,7 @@ import numpy as np
 import optuna
 import pytest
 
-from search.pruning import SuccessiveHalvingOfReports
+from search.pruning import SuccessiveHalvingOfReports, is_beaten
 from tests.benchmarks import replay
 from tests.benchmarks.replay import Outcome, Policy
 
@@ -152,13 +152,23 @@ def test_a_point_that_diverges_is_never_complete():
     assert outcome == Outcome(math.inf, 6, 0.0)
 
 
-def test_known_points_come_first_and_run_to_their_end():
+def test_known_points_come_first_and_are_pruned_where_they_are_beaten():
     table = replay.Table(stored(drawn(30), known=(3, 4)))
     made = replay.Replay(table, Policy(pruner=halving(2), known=True), 0, 1)
     made.run()
-    first = made._study.trials[:2]
-    assert [trial.params for trial in first] == table.params[3:5]
-    assert all(trial.last_step == NUM_REPORTS for trial in first)
+    first, second = made._study.trials[:2]
+    assert [first.params, second.params] == table.params[3:5]
+    assert first.last_step == NUM_REPORTS
+    assert second.last_step < NUM_REPORTS
+    assert is_beaten(made._study, second)
+
+
+def test_a_known_point_is_no_target():
+    table = replay.Table(stored(drawn(30), known=(3, 4)))
+    table.final[3] = table.goal + 0.1
+    made = replay.Replay(table, Policy(known=True), 0, 1)
+    assert made.run().trials > 1
+    assert len(made._study.trials) > 2
 
 
 def test_a_promotion_goes_on_where_its_trial_paused():

@@ -1,3 +1,5 @@
+from functools import partial
+
 import optuna
 import pytest
 import sqlalchemy
@@ -10,8 +12,9 @@ from search.settings import Settings
 from search.storage import storage
 from search.view.progress import View
 from search.view.trial_logs import open_logs
+from search.workers.devices import Device
 from search.workers.pool import Interrupted
-from tests.scripted import CRASH, LOST, ScriptedPool
+from tests.scripted import CRASH, LOST, ONE_CORE, ScriptedPool
 
 UNIT = {"low": 0.0, "high": 1.0, "step": None, "log": False}
 
@@ -57,13 +60,14 @@ def search(url, tmp_path):
         at_start=None,
         at_answer=None,
         prepare=None,
+        device=ONE_CORE,
         **changed,
     ):
         study = storage.open_study(url, name)
         study.set_user_attr("run", {"num_reports": 5, "fixed": {"kind": "objective"}})
         if prepare:
             prepare(study)
-        pool = ScriptedPool(script, num_slots)
+        pool = ScriptedPool(script, num_slots, device)
         pool.at_start = at_start or pool.at_start
         pool.at_answer = at_answer or pool.at_answer
         settings = Settings(
@@ -248,6 +252,29 @@ def test_a_decision_to_stop_is_told_before_it_is_answered(search, trials):
     assert "late" not in trials()[1].user_attrs
 
 
+def test_a_trial_too_large_for_a_gpu_of_its_own_ends_at_once(search, trials):
+    def script(number, attempt):
+        yield suggest("x")
+        yield finished("out_of_memory", reason="no memory")
+
+    pool = search(script, trials=1, device=Device(1, gpu="0"))
+    assert len(pool.given) == 1
+    (trial,) = trials()
+    assert (trial.state.name, trial.user_attrs["reason"]) == ("PRUNED", "out_of_memory: no memory")
+
+
+def test_what_an_objective_says_beside_its_values_may_be_anything(search, trials):
+    def script(number, attempt):
+        yield {"type": "progress", "epoch": 3}
+        yield report(0.5, 1) | {"progress": {"note": "deep", "images_per_second": 2.0}}
+        yield finished(value=0.5)
+
+    search(script, trials=1)
+    assert states(trials()) == ["COMPLETE"]
+    assert trials()[0].user_attrs["images_per_second"] == 2.0
+    assert "note" not in trials()[0].user_attrs
+
+
 @pytest.mark.parametrize("kind", ["diverged", "out_of_memory"])
 def test_an_infeasible_trial_is_pruned_with_constraint_and_reason(search, trials, kind):
     def script(number, attempt):
@@ -373,24 +400,55 @@ def test_a_single_trial_that_fails_stops_the_search(search):
 POINTS = ({"x": 0.125, "y": 0.25}, {"x": 0.5, "y": 0.75}, {"x": 0.875, "y": 0.0})
 
 
-def poor(number, attempt):
+def poor(number, attempt, values=(0.3, 0.1, 0.2)):
     yield suggest("x")
     yield suggest("y")
     for step in (1, 2, 3, 4):
-        # Each known point is worse than the one before, and the worst of all.
-        if (yield report(0.3 - number / 10 if number < 3 else 0.9, step))["value"]:
+        if (yield report(values[number] if number < 3 else 0.9, step))["value"]:
             break
     yield finished(value=0.1)
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "qmc"])
-def test_known_points_are_tried_first_whole_and_to_their_end(search, trials, sampler):
+def test_known_points_are_tried_first_and_whole(search, trials, sampler):
     search(poor, trials=5, known_points=POINTS, sampler=sampler, pruner="asha")
     assert [trial.params for trial in trials()[:3]] == list(POINTS)
     assert [trial.user_attrs.get("known_point") for trial in trials()] == [0, 1, 2, None, None]
-    assert all(trial.last_step == 4 for trial in trials()[:3])
-    assert states(trials()[:3]) == ["COMPLETE"] * 3
     assert all(trial.params["x"] not in (0.125, 0.5, 0.875) for trial in trials()[3:])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [((0.3, 0.1, 0.2), ["COMPLETE", "PRUNED", "PRUNED"]), ((0.1, 0.2, 0.3), ["COMPLETE"] * 3)],
+)
+def test_a_known_point_ends_early_only_where_something_better_is_complete(
+    search, trials, values, expected
+):
+    search(partial(poor, values=values), trials=3, known_points=POINTS, pruner="asha")
+    assert states(trials()) == expected
+
+
+def test_a_known_point_goes_on_while_nothing_better_is_complete(search, trials):
+    """Those that are ahead of it run beside it, or were pruned themselves."""
+
+    def script(number, attempt):
+        yield from poor(number, attempt, values=(0.3, 0.1, 0.2))
+
+    search(script, trials=3, num_slots=3, known_points=POINTS, pruner="asha")
+    assert trials()[1].last_step == 4
+
+
+def test_as_many_are_drawn_at_random_whatever_is_known(search, trials, monkeypatch):
+    asked = []
+    plain = sampling.TrialSampling
+
+    def noted(*arguments):
+        asked.append(arguments[-1])
+        return plain(*arguments)
+
+    monkeypatch.setattr(sampling, "TrialSampling", noted)
+    search(poor, known_points=POINTS)
+    assert asked == [sampling.STARTUP_TRIALS + len(POINTS)] * 4
 
 
 def test_a_point_like_a_known_one_is_pruned_when_it_is_not_known(search, trials):

@@ -187,6 +187,24 @@ def test_k6_an_endless_loop_is_ended_and_the_others_go_on(tmp_path):
 
 
 @pytest.mark.fault("K7")
+def test_k7_a_signal_to_all_processes_costs_no_attempt(command):
+    """As the system sends it, or a cluster's scheduler; the workers hear it first."""
+    arguments = ("--trials", "8", "--workers", "2", "--max-attempts", "1")
+    process = command.start(*arguments)
+    command.wait_for_report()
+    for worker in invariants.workers_of(command.folder):
+        worker.terminate()
+    time.sleep(0.3)
+    process.terminate()
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 143, output
+    code, output = command.run(*arguments)
+    assert code == 0, output
+    invariants.check(command.folder, command.log, 8)
+    assert not any(trial.state.name == "FAIL" for trial in command.study().trials)
+
+
+@pytest.mark.fault("K7")
 @pytest.mark.slow
 def test_k7_a_second_signal_ends_it_at_once(command):
     process = command.start("--trials", "12", "--workers", "2")

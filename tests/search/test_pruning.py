@@ -60,6 +60,29 @@ def test_one_in_factor_goes_on(factor, others, own, is_pruned):
 
 
 @pytest.mark.parametrize(
+    ("other", "is_beaten"),
+    [
+        ((TrialState.COMPLETE, {1: 0.3, 2: 0.6, 3: 0.4}), True),
+        ((TrialState.COMPLETE, {1: 0.6, 2: 0.1}), True),  # its best until then
+        ((TrialState.COMPLETE, {1: 0.3, 2: 0.5, 3: 0.9}), False),  # ahead only later
+        ((TrialState.COMPLETE, {1: 0.9}), False),  # it never came as far
+        ((TrialState.PRUNED, {1: 0.9, 2: 0.9}), False),
+    ],
+)
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_a_complete_trial_beats_those_behind_it_at_the_same_report(direction, other, is_beaten):
+    sign = 1 if direction == "maximize" else -1
+    state, reports = other
+    study = study_with(
+        (state, {step: sign * value for step, value in reports.items()}), direction=direction
+    )
+    study.add_trial(
+        create_trial(state=TrialState.RUNNING, intermediate_values={1: sign * 0.5, 2: sign * 0.2})
+    )
+    assert pruning.is_beaten(study, study.trials[-1]) is is_beaten
+
+
+@pytest.mark.parametrize(
     ("others", "own", "is_pruned"),
     [([0.1, 0.2], 0.05, False), ([0.1, 0.2], 0.15, True), ([0.1, 0.2], 0.1, False)],
 )

@@ -202,7 +202,7 @@ def test_the_table_of_samplers(name, kind):
     assert isinstance(sampling.sampler(name, 0), kind)
 
 
-def test_of_the_others_tpe_looks_at_the_latest(opened, monkeypatch):
+def test_of_the_others_tpe_looks_at_the_latest_and_at_some_of_the_older(opened, monkeypatch):
     def draw(most, early):
         monkeypatch.setattr(sampling, "MOST_OTHERS", most)
         study = opened(f"{most}-{early}", is_filled=False)
@@ -217,19 +217,24 @@ def test_of_the_others_tpe_looks_at_the_latest(opened, monkeypatch):
         trial = TrialSampling(study, ask(study), "tpe", 0)
         return trial.suggest("float", "rate", {"low": 0.0, "high": 1.0})
 
+    assert draw(36, 0.2) != draw(36, 0.9)  # all
+    assert draw(26, 0.2) != draw(26, 0.9)
+    assert draw(2, 0.2) != draw(2, 0.9)  # the first and the last
+    monkeypatch.setattr(sampling, "_OLDER", 0)
     assert draw(26, 0.2) == draw(26, 0.9)
-    assert draw(36, 0.2) != draw(36, 0.9)
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 @pytest.mark.parametrize("num_complete", [0, 3, 30])
 def test_what_tpe_is_shown_makes_no_other_draw(opened, monkeypatch, num_complete):
-    """Optuna's own sampler draws the same, if its density of the others has the latest only."""
+    """Optuna's own sampler draws the same, if its density of the others has only those."""
 
     class Plain(optuna.samplers.TPESampler):
         def _build_parzen_estimator(self, study, space, trials, handle_below):
-            seen = trials if handle_below else trials[-20:]
-            return super()._build_parzen_estimator(study, space, seen, handle_below)
+            if not handle_below:
+                older, latest = trials[:-10], trials[-10:]
+                trials = [*(older[k * len(older) // 10] for k in range(10)), *latest]
+            return super()._build_parzen_estimator(study, space, trials, handle_below)
 
     study = opened(is_filled=False)
     rng = random.Random(4)

@@ -9,7 +9,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from optuna.trial import TrialState, create_trial
 
-from search.storage import reading
+from search.storage import reading, storage
 
 
 @pytest.fixture
@@ -96,3 +96,35 @@ def test_the_collector_runs_again_after_reading(url):
     with pytest.raises(sqlalchemy.exc.OperationalError):
         reading.read(sqlalchemy.create_engine("sqlite://"), 1, None, set(), -1)
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("number", range(1, 7))  # the tables' SELECTs
+@pytest.mark.parametrize("states", [None, (TrialState.RUNNING,)])
+def test_a_trial_that_ends_before_a_select_is_running_or_complete(tmp_path, number, states):
+    study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
+    trial = study.ask()
+    trial.suggest_float("rate", 0.0, 1.0)
+    engine = storage.at(f"sqlite:///{tmp_path}/study.db").reader().engine
+    selects = []
+
+    def end(*event):
+        selects.append(event[2])
+        if len(selects) == number:
+            with storage.together(study):
+                trial.report(0.5, 1)
+                trial.set_user_attr("seconds", 2.0)
+                study._storage.set_trial_system_attr(trial._trial_id, "constraints", [1.0])
+                study.tell(trial, 0.75)
+            study.add_trial(create_trial(value=0.25))  # unknown to the first SELECT, in the others
+
+    sqlalchemy.event.listen(engine, "before_cursor_execute", end)
+    read = reading.read(engine, study._study_id, states, set(), -1)
+    assert len(selects) == 6
+    told = study.get_trials(deepcopy=False)
+    finished = [trial for trial in read if trial.state.is_finished()]
+    assert shown(finished) == shown(told[trial.number] for trial in finished)
+    assert len(finished) == (2 if number == 1 and not states else 0)
+    for running in read[len(finished) :]:
+        assert (running.state, running.params) == (TrialState.RUNNING, told[0].params)
+        assert running.values is running.datetime_complete is None
+    assert len(read) == (len(finished) if number == 1 else 1)

@@ -153,6 +153,22 @@ def test_fewer_jobs_than_slots_share_all_cores(study, tmp_path, monkeypatch, spe
     assert [count for task, count in pool.threads if task == "retrain"] == threads
 
 
+def test_no_job_waits_for_others_where_there_are_no_more_threads_to_have(study, tmp_path):
+    pool, busy = pool_of(tmp_path), []
+    plain, pool.can_widen = pool._script, lambda: False
+    pool.at_start = lambda: busy.append(len(pool.busy()))
+
+    def words(num_steps, rest):
+        for _ in range(num_steps):
+            yield {"type": "progress"}
+        yield from rest
+
+    # The first takes longer.
+    pool._script = lambda *given: words(5 if len(busy) == 1 else 0, plain(*given))
+    retrain(study, tmp_path, pool, "slow", seeds=3)
+    assert busy[:3] == [0, 1, 1]
+
+
 def test_no_job_waits_for_a_slot_whose_worker_waits_for_a_node(study, tmp_path):
     pool, polls = pool_of(tmp_path), iter(range(100))
 

@@ -75,3 +75,9 @@ def test_kills_for_memory_are_those_of_the_own_group(group):
     assert cgroup.oom_kills() == 3
     group("0::/\n", {"memory.events": "low 0\n"})
     assert cgroup.oom_kills() == 0
+
+
+def test_a_kill_for_memory_is_evidence_once():
+    kills = cgroup.OomKills(2)
+    counts = (2, 3, 3, 5, 0, 1)  # 0: the group was made anew
+    assert [kills.has_grown(count) for count in counts] == [False, True, False, True, False, True]

@@ -75,6 +75,9 @@ class Worker:
     def was_killed(self):
         return self.ending < 0
 
+    def ran_out_of_memory(self):
+        return False
+
     def be_ready(self, rss=100 * MB):
         self.say("described", name="mine")
         self.say("ready", rss=rss, space=[])
@@ -326,6 +329,91 @@ def test_kills_once_a_worker_has_been_ready_are_somebody_else_s(make, ending, is
         heard(pool)
 
 
+def test_a_slot_whose_workers_never_start_does_not_end_what_others_do(make, monkeypatch):
+    """It is tried on, later and later; once nobody else is left, that is the end."""
+    monkeypatch.setattr(pools, "_FIRST_PAUSE", 0.3)
+    pool, engine = make(2)
+    good, bad = engine.started
+    good.be_ready()
+    heard(pool)
+    for _ in range(2):
+        bad.die(ending=3)
+        assert heard(pool) == []
+        bad = engine.started[-1]
+    bad.die(ending=3)
+    heard(pool)
+    assert (len(engine.started), pool.slots[1].worker) == (4, None)
+    assert pool.idle() == [pool.slots[0]]
+    time.sleep(0.3)
+    heard(pool)
+    assert len(engine.started) == 5
+    engine.started[-1].be_ready()
+    heard(pool)
+    assert len(pool.idle()) == 2
+    for worker in (good, engine.started[-1]):  # both end when they are idle, then never start
+        worker.die(ending=3)
+
+    def end_all():
+        while True:
+            heard(pool)
+            for worker in engine.started[5:]:
+                if not worker.killed:
+                    worker.die(ending=3)
+
+    with pytest.raises(SearchError, match="3 workers in a row died before they were ready"):
+        end_all()
+
+
+def test_a_worker_that_can_t_begin_later_is_tried_again(make):
+    pool, engine = make(2)
+    engine.started[0].be_ready()
+    heard(pool)
+    engine.started[1].say("failed", message="the study can't be loaded: SyntaxError")
+    assert heard(pool) == []
+    assert engine.started[1].killed
+    engine.started[2].be_ready()
+    heard(pool)
+    assert len(pool.idle()) == 2
+
+
+def test_a_worker_with_another_space_ends_the_run(make):
+    pool, engine = make(2)
+    engine.started[0].be_ready()
+    heard(pool)
+    engine.started[1].say("described", name="mine")
+    engine.started[1].say("ready", rss=MB, space=[{"name": "units"}])
+    with pytest.raises(SearchError, match="the study's file has changed while it was run"):
+        heard(pool)
+
+
+def test_the_time_in_which_the_coordinator_was_stopped_is_not_the_worker_s(busy, monkeypatch):
+    busy.pool._silence = 0.5
+    plain = busy.pool._selector.select
+
+    def select(timeout):
+        time.sleep(1)
+        return plain(0)
+
+    monkeypatch.setattr(busy.pool._selector, "select", select)
+    assert heard(busy.pool) == heard(busy.pool) == []
+    assert not busy.worker.killed
+
+
+@pytest.mark.fault("K7")
+def test_a_signal_that_reached_the_workers_too_costs_no_attempt(busy, monkeypatch):
+    """It comes while the coordinator waits for them."""
+    plain = busy.pool._selector.select
+
+    def select(timeout):
+        busy.worker.die(ending=-15)
+        busy.pool.interrupted = 15
+        return plain(timeout)
+
+    monkeypatch.setattr(busy.pool._selector, "select", select)
+    with pytest.raises(Interrupted):
+        heard(busy.pool)
+
+
 @pytest.mark.parametrize(("grown", "num_started"), [(0, 1), (pools.MAX_GROWTH, 1),
                                                     (pools.MAX_GROWTH + MB, 2)])  # fmt: skip
 def test_a_worker_that_has_grown_is_replaced(busy, grown, num_started):
@@ -375,6 +463,36 @@ def test_a_task_that_is_alone_finds_no_memory_kept_by_the_others(make):
     assert [worker.killed for worker in engine.started] == [True, False, False]
     assert pool.busy() == [pool.slots[1]]
     assert pool.idle() == []
+
+
+def test_a_task_that_is_alone_leaves_other_hosts_alone(make):
+    pool, engine = make(2)
+    engine.started[0].host = "there"
+    for worker in engine.started:
+        worker.be_ready()
+    while len(pool.idle()) < 2:
+        heard(pool)
+    pool.give(pool.slots[1], 4, 1, {"task": "trial"}, alone=True)
+    assert [worker.killed for worker in engine.started] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "hosts", "shares"),
+    [
+        ((None, None), ("here", "here"), True),  # the host's memory
+        (("0", "0"), ("here", "here"), True),
+        (("0", "1"), ("here", "here"), False),
+        (("0", "0"), ("here", "there"), False),
+    ],
+)
+def test_who_shares_a_gpu(make, gpus, hosts, shares):
+    pool, engine = make(2)
+    for slot, worker, gpu, host in zip(pool.slots, engine.started, gpus, hosts, strict=True):
+        slot.device, worker.host = Device(1, gpu), host
+        worker.be_ready()
+    while len(pool.idle()) < 2:
+        heard(pool)
+    assert [pool.shares_gpu(slot) for slot in pool.slots] == [shares] * 2
 
 
 def test_a_device_that_joins_gets_a_worker(make):

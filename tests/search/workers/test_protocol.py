@@ -1,5 +1,7 @@
+import fcntl
 import math
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -245,10 +247,12 @@ def test_a_report_brings_the_answer_whether_to_stop(remote):
     ]
 
 
-def test_a_figure_beside_the_value_that_is_not_finite_is_left_out(remote):
+def test_a_figure_beside_the_value_that_is_no_finite_number_is_left_out(remote):
     trial, coordinator = remote({"value": False})
-    trial.report(0.5, 1, {"loss": math.nan, "val_loss": math.inf, "accuracy": 0.6})
+    odd = {"nan": math.nan, "inf": np.float32("inf"), "note": "x", "none": None, "two": [1, 2]}
+    trial.report(0.5, 1, {"accuracy": 0.6, **odd}, speed=np.float32(2), huge=10**400, **odd)
     assert coordinator.heard[0]["metrics"] == {"accuracy": 0.6}
+    assert coordinator.heard[0]["progress"] == {"speed": 2.0}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
@@ -295,6 +299,20 @@ def test_whether_there_is_something_to_receive(pair, says):
     if says == "an end":
         pair[0].close()
     assert Channel(pair[1]).is_readable() == (says is not None)
+
+
+def test_a_descriptor_may_have_a_large_number(pair):
+    """Of many workers, and Ray raises the limit."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        large = fcntl.fcntl(pair[1], fcntl.F_DUPFD_CLOEXEC, 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    with socket.socket(fileno=large) as sock:
+        assert not Channel(sock).is_readable()
+        pair[0].sendall(b"{")
+        assert Channel(sock).is_readable()
 
 
 def test_a_trial_in_a_process_of_its_own(start):

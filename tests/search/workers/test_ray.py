@@ -127,16 +127,20 @@ def test_e1_workers_actors_and_the_driver_are_killed(tmp_path):
 @pytest.mark.slow
 def test_winners_come_back_whole(tmp_path):
     """The whole journey with Keras, on a folder of images that is sent: models are written on the
-    node, and brought here."""
-    run, pets = tmp_path / "run", images(tmp_path / "pets", 80)
+    node, and brought here. The run's folder is relative, as it is where none is named."""
+    run = tmp_path / "run"
+    images(tmp_path / "pets", 80)
     done = subprocess.run(
-        [sys.executable, "-m", "search", "--study", "quickstart", "--out", str(run),
-         "--dataset", str(pets), "--trials", "3", "--seeds", "1", *RAY],
-        cwd=ROOT, capture_output=True, text=True, timeout=900,
+        [sys.executable, "-m", "search", "--study", "quickstart", "--out", "run",
+         "--dataset", "pets", "--trials", "3", "--seeds", "1", *RAY],
+        cwd=tmp_path, capture_output=True, text=True, timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "report: run/report.html" in done.stdout
     assert [path.suffix for path in (run / "models").iterdir()] == [".keras"]
-    assert (run / "metrics.json").exists()
+    for path in ("metrics.json", "configs/best.yaml"):
+        assert str(run) not in (run / path).read_text()
 
 
 @pytest.fixture

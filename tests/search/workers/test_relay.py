@@ -14,7 +14,7 @@ import pytest
 
 from search.workers import relay
 from search.workers.devices import Device
-from search.workers.ray import _fraction
+from search.workers.ray import _cores_each, _fraction
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,29 @@ def test_a_message_whose_files_cannot_be_placed_ends_the_worker_and_says_why(tmp
         os.umask(umask)
     node.send(b'{"type": "prepare"}', {"/data.npz": ("0" * 64, b"")})
     assert node.receive() == b""
-    assert node.end() == (
-        False,
-        "could not be given its files: OSError: no space left on device",
-    )
+    ended = node.end()
+    assert not ended["was_killed"]
+    assert ended["words"] == "could not be given its files: OSError: no space left on device"
+
+
+@pytest.mark.parametrize("shared", ["/mnt/all/cnn", "/mnt/all/cnn/shared", "/mnt/all", "/checkout"])
+def test_checkpoints_lie_where_all_nodes_see_them(shared):
+    """Also where the folder that they share is the run's, which each node has for itself."""
+    node = relay.Relay("run", "/mnt/all/cnn", "/checkout")
+    node._mapped["/mnt/all/cnn"] = node._own("/mnt/all/cnn")
+    checkpoint = f"{shared}/cnn-0-checkpoints/trial-7.npz"
+    message = {"task": "retrain", "checkpoint": checkpoint, "path": "/mnt/all/cnn/models/m.keras"}
+    translated = node._translated({"settings": {"checkpoints": shared}, **message})
+    assert translated["checkpoint"] == checkpoint
+    assert translated["settings"]["checkpoints"] == shared
+    assert translated["path"] == f"{node._node}/mnt/all/cnn/models/m.keras"
+
+
+def test_what_is_on_the_way_out_of_the_node_s_folder_stays_in_it(tmp_path):
+    node = relay.Relay("run", "/home/me/../../run", "/checkout")
+    assert node._own("/home/me/../../run") == f"{node._node}/run"
+    with pytest.raises(ValueError, match=r"absolute\. Received: 'runs/cnn"):
+        node._place({"runs/cnn/models/m.keras": ("0" * 64, None)})
 
 
 @pytest.mark.parametrize(
@@ -104,3 +123,21 @@ def test_so_many_workers_find_room_on_gpus_one_by_one(gpus, workers, each):
     share = _fraction(gpus, workers)
     assert share == each
     assert gpus * math.floor(1 / share) >= workers
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "each"),
+    [
+        ([8], 2, 4.0),  # as on this machine alone
+        ([8], 8, 1.0),
+        ([2], 4, 0.5),
+        ([4, 4], 3, 2.0),
+        ([3, 3, 3], 4, 1.0),  # 9 // 4, but each node has room for one of two
+        ([8, 2], 2, 2.0),  # may run on either
+        ([3, 3], 1, 3.0),
+    ],
+)
+def test_so_many_workers_share_the_cores(nodes, workers, each):
+    share = _cores_each(nodes, workers)
+    assert share == each
+    assert sum(node // share for node in nodes) >= workers
