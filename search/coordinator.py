@@ -236,11 +236,11 @@ class Coordinator:
         if trial.told:
             return True
         slot.status.setdefault("before", message["step"] - 1)  # reports of earlier attempts
-        slot.status |= {
+        slot.status |= {  # what else an objective says is not for the view
             "note": "",
             "step": message["step"],
             "value": message["value"],
-            **message["progress"],
+            "images_per_second": message["progress"].get("images_per_second"),
         }
         ending = trial.report(message, self._pruner)
         if self._logs.is_on:

@@ -163,13 +163,13 @@ def _problem(path: Path) -> str:
 def _quick_check(path: Path) -> str:
     from search.storage.patience import code_of
 
-    try:
-        with closing(_opened(path)) as connection:
+    with closing(_opened(path)) as connection:
+        try:
             (answer,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    except sqlite3.DatabaseError as error:
-        if code_of(error) not in _DAMAGE:
-            raise  # somebody writes: that says nothing of what is written
-        return str(error)
+        except sqlite3.DatabaseError as error:
+            if code_of(error) not in _DAMAGE:
+                raise  # somebody writes: that says nothing of what is written
+            return str(error)
     return "" if answer == "ok" else str(answer)
 
 
