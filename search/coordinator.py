@@ -40,6 +40,10 @@ logger = logging.getLogger("search")
 # So many failures before anything has worked, all alike, are an error in the user's space.
 FAILURES_TO_STOP = 3
 
+# Seconds for starting trials, before what the other workers say meanwhile is heard: a draw of TPE's
+# takes some 0.15 s, and a hundred workers may become idle at once.
+ASKING = 0.05
+
 # How long a worker may take to return from a trial that was stopped, in seconds.
 CLEARING_UP = 15
 
@@ -96,21 +100,29 @@ class Coordinator:
         end = math.inf if budget is None else time.monotonic() + budget
         self._view.ends_at(end)
         while self._num_finished < self._settings.trials and time.monotonic() < end:
-            for slot in pool.idle():
-                if trial := self._next():
-                    self._start(pool, slot, trial)
-            self._hear(pool)
+            is_all = self._start_idle(pool)
+            self._hear(pool, 0.25 if is_all else 0.0)
             if self._snapshots:
                 self._snapshots.take_if_due()
             self._view.refresh(pool.slots)
         self._leave(pool)
+
+    def _start_idle(self, pool: Pool) -> bool:
+        """Give idle workers trials; whether all have got what there is."""
+        began = time.monotonic()
+        for slot in pool.idle():
+            if trial := self._next():
+                self._start(pool, slot, trial)
+            if time.monotonic() - began > ASKING:
+                return False
+        return True
 
     def _leave(self, pool: Pool) -> None:
         """Trials that still run go on next time; workers that only clear up are waited for."""
         if self._num_finished >= self._settings.trials:
             end = time.monotonic() + CLEARING_UP
             while pool.busy() and time.monotonic() < end:
-                self._hear(pool)
+                self._hear(pool, 0.25)
         else:
             logger.info("the time budget is spent; trials still running can be continued later")
         pool.drop_tasks()
@@ -176,9 +188,9 @@ class Coordinator:
         folder = self._settings.checkpoints
         return str(Path(folder) / f"trial-{number}.npz") if folder else ""
 
-    def _hear(self, pool: Pool) -> None:
+    def _hear(self, pool: Pool, timeout: float) -> None:
         with self._stored_first():
-            for event in pool.poll(0.25):
+            for event in pool.poll(timeout):
                 self._handle(pool, event)
 
     @contextmanager

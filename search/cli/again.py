@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,11 @@ def repair(study: str, out: Path | None, storage: str | None) -> None:
     path = database.path
     if not path.parent.is_dir():
         raise SearchError(f"there is no folder {path.parent}; check --out", exit_code=EXIT_USAGE)
+    if not os.access(path.parent, os.W_OK, effective_ids=True):
+        raise SearchError(
+            f"{path.parent} can't be written; make it writable, or copy it elsewhere and take "
+            "--out COPY"
+        )
     with database.lock(entry.name):
         restored = snapshots.restore(path)
     click.echo(f"{path} is {restored.snapshot} now, with {restored.num_trials} finished trials")

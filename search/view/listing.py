@@ -18,7 +18,7 @@ from rich.text import Text
 from search import results
 from search.catalogue import Entry
 from search.doctor import Finding
-from search.errors import EXIT_DAMAGED, SearchError
+from search.errors import EXIT_DAMAGED, EXIT_STORAGE_LOST, SearchError
 from search.journey import Outcome
 from search.storage import storage
 from search.view import textplot
@@ -314,7 +314,8 @@ def _run_of(folder: Path, name: str) -> str:
     try:
         study = storage.read_study(storage.url_in(folder, None), name)
     except SearchError as error:
-        return "damaged" if error.exit_code == EXIT_DAMAGED else "elsewhere"
+        how = {EXIT_DAMAGED: "damaged", EXIT_STORAGE_LOST: "can't be read"}
+        return how.get(error.exit_code, "elsewhere")
     if study is None:
         return ""
     trials = study.get_trials(deepcopy=False)

@@ -50,7 +50,8 @@ GPU_WORKERS = (10, 30, 100, 300, 1_000)
 
 
 class Measured(NamedTuple):
-    """Of one load: workers, reports/s, trials/s, seconds from report to answer, cores, bytes."""
+    """Of one load: workers, reports/s, trials/s that begin, seconds from report to answer, cores,
+    bytes."""
 
     workers: int
     reports: float
@@ -80,12 +81,13 @@ def objective(trial: Any) -> float:
     value = overheads.draw(trial)
     rng = random.Random(trial.number)
     with (folder / f"{os.getpid()}.log").open("a", buffering=1) as log:
+        log.write(f"{time.monotonic()}\n")
         for step in itertools.count(1):
             seconds, num_reports = json.loads((folder / "load.json").read_text())
             time.sleep(seconds * rng.uniform(0.5, 1.5))
             began = time.monotonic()
             trial.report(value, step)
-            log.write(f"{began} {time.monotonic() - began} {step >= num_reports:d}\n")
+            log.write(f"{began} {time.monotonic() - began}\n")
             if step >= num_reports:
                 break
     return value
@@ -139,11 +141,12 @@ def _window(
     took, used = time.monotonic() - began, sum(coordinator.cpu_times()[:2]) - used
     rows = [line.split() for log in folder.glob("*.log") for line in log.read_text().splitlines()]
     said = [row for row in rows if began <= float(row[0]) < began + took]
+    latencies = [float(row[1]) for row in said if len(row) == 2]  # else a trial begins
     return Measured(
         workers=num_workers,
-        reports=len(said) / took,
-        trials=sum(row[2] == "1" for row in said) / took,
-        latencies=[float(row[1]) for row in said],
+        reports=len(latencies) / took,
+        trials=(len(said) - len(latencies)) / took,
+        latencies=latencies,
         cpu=used / took,
         memory=coordinator.memory_info().rss,
     )

@@ -5,7 +5,7 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from search import sampling
+from search import coordinator, sampling
 from search.coordinator import Coordinator
 from search.errors import SearchError
 from search.settings import Settings
@@ -393,6 +393,23 @@ def test_first_trials_that_all_fail_alike_stop_the_search(search, trials, reason
 def test_a_single_trial_that_fails_stops_the_search(search):
     with pytest.raises(SearchError, match="the first 1 trials all failed"):
         search(failing(["a"]), trials=1)
+
+
+@pytest.mark.parametrize(("asking", "given"), [(0.0, [1, 2, 3]), (9.0, [3, 3, 3])])
+def test_workers_are_heard_between_two_draws_that_take_long(
+    search, trials, monkeypatch, asking, given
+):
+    monkeypatch.setattr(coordinator, "ASKING", asking)
+    found, poll = [], ScriptedPool.poll
+
+    def noted(pool, timeout):
+        found.append(len(pool.given))
+        return poll(pool, timeout)
+
+    monkeypatch.setattr(ScriptedPool, "poll", noted)
+    search(good, trials=3, num_slots=3)
+    assert found[:3] == given
+    assert states(trials()) == ["COMPLETE"] * 3
 
 
 # Known points

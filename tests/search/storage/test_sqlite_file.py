@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from search.cli import again
 from search.errors import EXIT_STORAGE_LOST, SearchError
 from search.storage import snapshots, sqlite_file, storage
+from search.view import listing
 
 NOBODY = 65534
 
@@ -142,3 +145,21 @@ def test_a_disk_that_is_away_for_a_moment_is_no_damage(folder, monkeypatch):
     tries.clear()
     with pytest.raises(SearchError, match=r"has not answered .*disk I/O error"):
         sqlite_file.problem_of(folder / "study.db", patience=0)
+
+
+def test_repair_and_the_list_of_studies_say_what_they_may_not_do(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "mine"
+    close(add_trial(folder))
+    monkeypatch.chdir(tmp_path)
+    assert listing._run_of(folder, "mine") == "1 trials, best 0.5000"
+    folder.chmod(0o555)
+    with nobody():
+        done = CliRunner().invoke(again.repair, ["--study", "quickstart", "--out", str(folder)])
+    assert isinstance(done.exception, SearchError)
+    assert "can't be written" in str(done.exception)
+    (folder / "study.db").chmod(0)
+    with nobody():
+        assert listing._run_of(folder, "mine") == "can't be read"
+    (folder / "study.db").chmod(0o600)
+    (folder / "study.db").write_bytes(b"no database" * 500)
+    assert listing._run_of(folder, "mine") == "damaged"
