@@ -147,10 +147,8 @@ def test_a_disk_that_is_away_for_a_moment_is_no_damage(folder, monkeypatch):
         sqlite_file.problem_of(folder / "study.db", patience=0)
 
 
-def test_repair_and_the_list_of_studies_say_what_they_may_not_do(tmp_path, monkeypatch):
-    folder = tmp_path / "runs" / "mine"
+def test_repair_and_the_list_of_studies_say_what_they_may_not_do(folder):
     close(add_trial(folder))
-    monkeypatch.chdir(tmp_path)
     assert listing._run_of(folder, "mine") == "1 trials, best 0.5000"
     folder.chmod(0o555)
     with nobody():
