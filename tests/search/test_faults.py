@@ -67,7 +67,7 @@ def check_killed(command, num_trials, *arguments, num_kills, kills_at=()):
 @pytest.mark.fault("K1", "K2")
 @pytest.mark.slow
 def test_k1_and_k2_thirty_workers_and_three_coordinators_killed(tmp_path):
-    command = Command(tmp_path, DUMMY_SLEEP="0.2")
+    command = Command(tmp_path, DUMMY_SLEEP="0.3")
     check_killed(command, 60, num_kills=30, kills_at={8, 16, 24})
 
 
