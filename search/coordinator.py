@@ -78,6 +78,8 @@ class Coordinator:
         self._pruner = pruning.pruner(
             settings.pruner, settings.first_rung, settings.reduction_factor
         )
+        # Of a trial that is not pruned; 0 where an objective of the study's own decides.
+        self._num_reports = study.user_attrs.get("run", {}).get("num_reports", 0)
         notes.save_missing(study)
         trials = self._trials()
         usable = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -254,7 +256,9 @@ class Coordinator:
             "value": message["value"],
             "images_per_second": message["progress"].get("images_per_second"),
         }
-        ending = trial.report(message, self._pruner)
+        # A trial that is trained whole has nothing left to save, and a value to count.
+        may_prune = message["step"] != self._num_reports
+        ending = trial.report(message, self._pruner if may_prune else None)
         if self._logs.is_on:
             figures = message["step"], message["value"], message["metrics"]
             self._logs.report(f"trial-{trial.number}", *figures, trial.params)

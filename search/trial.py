@@ -137,8 +137,10 @@ class UnfinishedTrial:
         self._set(key, message["value"])
         return {"value": None}
 
-    def report(self, message: Message, pruner: optuna.pruners.BasePruner) -> dict[str, Any] | None:
-        """Store a worker's report; how the trial ends if it is behind, else None."""
+    def report(
+        self, message: Message, pruner: optuna.pruners.BasePruner | None
+    ) -> dict[str, Any] | None:
+        """Store a worker's report; how the trial ends if it is behind to a pruner, else None."""
         step, value = message["step"], message["value"]
         self.last_step = step
         self._speed = message["progress"]
@@ -155,7 +157,7 @@ class UnfinishedTrial:
             self._set("history", self._history)
         # Decided on what will be stored, and stored with it.
         reported.intermediate_values = {**reported.intermediate_values, step: value}
-        if step > self._passed and self._is_behind(reported, pruner):
+        if pruner and step > self._passed and self._is_behind(reported, pruner):
             reason = f"behind at report {step}"
             return self.end(TrialState.PRUNED, kind="pruned", reason=reason, report=value)
         self._store_report(step, value)

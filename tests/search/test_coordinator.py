@@ -252,6 +252,18 @@ def test_a_decision_to_stop_is_told_before_it_is_answered(search, trials):
     assert "late" not in trials()[1].user_attrs
 
 
+@pytest.mark.parametrize(("steps", "state"), [(4, "PRUNED"), (5, "COMPLETE")])
+def test_the_last_report_prunes_nothing(search, trials, steps, state):
+    """A trial that is trained whole is complete: five reports here, the last of them a rung."""
+
+    def script(number, attempt):
+        yield from good(number, attempt, value=(0.9, 0.1)[number], steps=steps)
+
+    search(script, trials=2, pruner="asha", first_rung=steps)
+    assert states(trials()) == ["COMPLETE", state]
+    assert trials()[1].last_step == steps
+
+
 def test_a_trial_too_large_for_a_gpu_of_its_own_ends_at_once(search, trials):
     def script(number, attempt):
         yield suggest("x")

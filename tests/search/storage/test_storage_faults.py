@@ -170,7 +170,7 @@ def lock_while_written(path, seconds):
 
 @pytest.mark.fault("S3")
 def test_s3_a_file_that_another_process_locks_is_waited_for(tmp_path):
-    check_locked(Command(tmp_path), 5)
+    check_locked(Command(tmp_path, DUMMY_SLEEP="0.3"), 5)
 
 
 @pytest.mark.fault("S3")
@@ -265,6 +265,7 @@ def test_s4_a_full_disk_at_a_commit_or_a_log_line(disk, tmp_path):
     command = Command(disk)
     command.log = tmp_path / "dummy.log"
     command._environment["DUMMY_LOG"] = str(command.log)
+    command._environment["DUMMY_SLEEP"] = "2"  # more work than filling a disk takes
     arguments = ("--trials", "8", "--workers", "2", "--log", "csv")
     process = command.start(*arguments)
     command.wait_for_report()
@@ -280,6 +281,7 @@ def test_s4_a_full_disk_at_a_commit_or_a_log_line(disk, tmp_path):
     assert code == 1, output
     assert "MB free, a run needs about" in output
     (disk / "filler").unlink()
+    command._environment["DUMMY_SLEEP"] = "0.02"
     code, output = command.run(*arguments)
     assert code == 0, output
     (command.folder / "csv").rename(disk / "csv")  # the checker knows no logs
