@@ -337,6 +337,8 @@ class Replay:
         self._storage.set_trial_intermediate_value(run.trial_id, run.step, float(value))
         clock = self._storage.get_trial(run.trial_id).user_attrs.get(_CLOCK, [])
         self._storage.set_trial_user_attr(run.trial_id, _CLOCK, [*clock, run.seconds])
+        if run.step == self._num_reports:  # as in the product, trained whole is complete
+            return True
         trial = self._storage.get_trial(run.trial_id)
         may_end = not run.is_known or is_beaten(self._study, trial)
         stops = may_end and self._study.pruner.prune(self._study, trial)
