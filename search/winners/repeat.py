@@ -7,6 +7,7 @@ from the stored trial; nothing is stored.
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from search.sampling import seed_for
 from search.settings import Settings, resolve
 from search.view.progress import View
 from search.workers import devices
+from search.workers.devices import Device
 from search.workers.local import LocalEngine
 from search.workers.pool import Event, Pool
 
@@ -76,7 +78,7 @@ def repeat(
     settings = resolve(run["described"], str(file), {**options, "precision": precision})
     settings, _ = with_weights(dataclasses.replace(settings, folder=str(folder.absolute())))
     opening = {"type": "open", "file": str(file)}
-    pool = Pool(LocalEngine(folder / "logs"), devices.share_out("auto")[:1], opening)
+    pool = Pool(LocalEngine(folder / "logs"), [_device(trial)], opening)
     with signals_to(pool), pool:
         pool.wait_for_description()
         pool.prepare(dataclasses.asdict(settings))
@@ -85,6 +87,16 @@ def repeat(
             return _again(pool, trial, settings, view)
         finally:
             folders.remove_scratch(folder)
+
+
+def _device(trial: FrozenTrial) -> Device:
+    """One with as many threads as the trial had: sums in another order differ."""
+    device = devices.share_out("auto")[0]
+    attempts = trial.user_attrs.get("attempts") or [{}]
+    used = re.fullmatch(r"(\d+) cpu", attempts[-1].get("device", ""))
+    if device.gpu is not None or not used:
+        return device
+    return dataclasses.replace(device, threads=int(used[1]))
 
 
 def _again(pool: Pool, trial: FrozenTrial, settings: Settings, view: View) -> Repeated:
@@ -138,6 +150,7 @@ def _answer(trial: FrozenTrial, event: Event, now: dict[int, float]) -> dict[str
         case "report":
             now[message["step"]] = message["value"]
             event.slot.status |= {"step": message["step"], "value": message["value"]}
-            return {"value": message["step"] >= max(trial.intermediate_values, default=0)
-                    and trial.state == optuna.trial.TrialState.PRUNED}  # fmt: skip
+            # Where its search ended it, not the point itself, it would go on.
+            is_last = message["step"] >= max(trial.intermediate_values, default=0)
+            return {"value": is_last and _ended(trial) in ("pruned", "")}
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -13,7 +14,10 @@ from optuna.trial import TrialState
 from search.view.progress import View
 from search.winners import repeat
 from search.winners.repeat import TOLERANCE, Repeated
+from search.workers import devices
+from search.workers.devices import Device
 from tests.command import ROOT
+from tests.scripted import ScriptedPool
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,44 @@ def test_a_trial_is_repeated_in_its_search_s_precision(monkeypatch, tmp_path, st
     options = {"precision": stored.get("told", {}).get("precision")}
     with pytest.raises(ResolvedError, match=f"^{precision}$"):
         repeat.repeat(study, 0, tmp_path / "mine.py", tmp_path, options, View(-1))
+
+
+@pytest.mark.parametrize(
+    ("reason", "outcome", "stopped"),
+    [
+        ("pruned: behind at report 2", "pruned", True),
+        ("out_of_memory: no memory", "pruned", True),  # of the machine of its search
+        ("diverged: loss was nan at report 3", "diverged", False),
+    ],
+)
+def test_a_trial_is_stopped_where_its_search_did_not_where_it_ended_of_itself(
+    reason, outcome, stopped
+):
+    answers = []
+    trial = optuna.trial.create_trial(
+        state=TrialState.PRUNED,
+        intermediate_values={1: 0.5, 2: 0.75},
+        user_attrs={"reason": reason},
+    )
+
+    def script(number, attempt):
+        for step, value in trial.intermediate_values.items():
+            message = {"type": "report", "step": step, "value": value, "metrics": {}}
+            answers.append((yield message)["value"])
+        yield {"type": "finished", "outcome": outcome, "reason": ""}
+
+    repeated = repeat._again(ScriptedPool(script), trial, SimpleNamespace(seed=0), View(-1))
+    assert answers == [False, stopped]
+    assert repeated.is_same
+
+
+@pytest.mark.parametrize(("label", "threads"), [("2 cpu", 2), ("1 cpu", 1), ("gpu 0", 7), ("", 7)])
+def test_a_trial_has_as_many_threads_as_in_its_search(monkeypatch, label, threads):
+    monkeypatch.setattr(devices, "share_out", lambda workers: [Device(7)])
+    trial = optuna.trial.create_trial(
+        state=TrialState.PRUNED, user_attrs={"attempts": [{"device": "gpu 1"}, {"device": label}]}
+    )
+    assert repeat._device(trial) == Device(threads)
 
 
 def run(folder, *arguments):
