@@ -1,6 +1,7 @@
 """The command line on the dummy study, in a folder of its own: what the fault tests start."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,18 @@ from search.storage import storage
 from tests import dummy, invariants
 
 ROOT = Path(__file__).parents[1]
+_STARTED: list[tuple[subprocess.Popen, Path]] = []  # with the folders of their runs
+
+
+def end_started() -> None:
+    """What a failed test has left running would slow the next ones."""
+    for process, folder in _STARTED:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            for worker in invariants.workers_of(folder):
+                worker.kill()
+    _STARTED.clear()
 
 
 class Command:
@@ -31,13 +44,35 @@ class Command:
         self._environment = {**os.environ, "DUMMY_LOG": str(self.log), **environment}
 
     def start(self, *arguments: str, program: tuple[str, ...] = ("search",)):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*self._prefix, sys.executable, "-m", *program, "--study", str(Path(dummy.__file__)),
              "--out", str(self.folder), *(["--storage", self._url] if self._url else []),
              *arguments],
             cwd=ROOT, env=self._environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+        _STARTED.append((process, self.folder))
+        return process
+
+    def start_slowly(self, *arguments: str, seconds: float = 1.0) -> subprocess.Popen:
+        """It runs, a report has been answered, and more work is left than a test needs to disturb
+        it, until `hurry` is called."""
+        self.slow_down(seconds)
+        process = self.start(*arguments)
+        self.wait_for_report()
+        assert process.poll() is None, process.stdout.read()
+        return process
+
+    def slow_down(self, seconds: float = 1.0) -> None:
+        """Between two reports at most, also of trials that run already."""
+        self._sleep.write_text(str(seconds))
+
+    def hurry(self) -> None:
+        self._sleep.unlink(missing_ok=True)
+
+    @property
+    def _sleep(self) -> Path:
+        return self.log.with_name(f"{self.log.name}.sleep")
 
     def run(self, *arguments: str, program: tuple[str, ...] = ("search",)) -> tuple[int, str]:
         process = self.start(*arguments, program=program)

@@ -1,8 +1,9 @@
 """A study whose objective only sleeps and reports: for faults, in seconds and without Keras.
 
 It writes what it does to an append-only log of its own, which `invariants.py` holds against the
-study. Environment: DUMMY_LOG, its path; DUMMY_SLEEP, seconds between two reports at most;
-DUMMY_FAULT, what goes wrong in it.
+study. Environment: DUMMY_LOG, its path; DUMMY_SLEEP, seconds between two reports at most, unless
+the file DUMMY_LOG.sleep says otherwise, which may come and go meanwhile; DUMMY_FAULT, what goes
+wrong in it.
 """
 
 import json
@@ -24,6 +25,14 @@ def log(trial, event, **content):
     os.close(descriptor)
 
 
+def most_seconds():
+    try:
+        with open(os.environ["DUMMY_LOG"] + ".sleep") as file:
+            return float(file.read())
+    except FileNotFoundError:
+        return float(os.environ.get("DUMMY_SLEEP", "0.09"))
+
+
 def objective(trial):
     fault = os.environ.get("DUMMY_FAULT", "")
     log(trial, "begin")
@@ -36,7 +45,7 @@ def objective(trial):
     value = 0.0
     for step in range(1, NUM_REPORTS + 1):
         # 10 % to 100 % of the time, the same for the same point.
-        time.sleep(float(os.environ.get("DUMMY_SLEEP", "0.09")) * (0.1 + 0.9 * x))
+        time.sleep(most_seconds() * (0.1 + 0.9 * x))
         value = round(1 - (x - 0.3) ** 2 - 1 / (units * step), 9)
         fail(fault, trial, step)
         log(trial, "report", step=step, value=value)

@@ -1,8 +1,8 @@
 """Who has a good model first: this project, and stock tuners on the same cores, space and split.
 
     pip install '.[bench]'
-    python -m tests.benchmarks.race --contender ours --minutes 20 --seed 1 --folder race
-    python -m tests.benchmarks.race --table --folder race
+    python -m tests.benchmarks.race --contender ours --minutes 20 --seed 1
+    python -m tests.benchmarks.race --table
 
 One contender at a time, on a machine that does nothing else. A contender and seed that are finished
 are skipped; what was cut off begins anew, since its clock can't be stopped.
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--contender", choices=[*OURS, *PEERS])
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, default=Path(".race"))
     parser.add_argument("--dataset", default="fashion_mnist", help="digits: to try it out")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()

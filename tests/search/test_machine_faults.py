@@ -120,9 +120,9 @@ def test_t1_a_clock_that_jumps_an_hour(tmp_path, seconds):
         CLOCK_SECONDS=str(seconds),
         TZ="Pacific/Kiritimati",
     )
-    process = command.start("--trials", "6", "--workers", "2", "--trial-timeout", "60s")
-    command.wait_for_report()
+    process = command.start_slowly("--trials", "6", "--workers", "2", "--trial-timeout", "60s")
     set_.touch()
+    command.hurry()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     invariants.check(command.folder, command.log, 6)

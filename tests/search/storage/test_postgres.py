@@ -144,9 +144,9 @@ def test_s2_a_writer_whose_study_was_taken_meanwhile_writes_nothing(postgres, ur
 
 def restarted(command, url, num_trials, disturb):
     arguments = ("--trials", str(num_trials), "--workers", "2", "--pruner", "none")
-    process = command.start(*arguments)
-    command.wait_for_report()
+    process = command.start_slowly(*arguments)
     disturb()
+    command.hurry()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "Traceback" not in output
@@ -164,7 +164,7 @@ def test_s2_restarted_at_once_five_times(postgres, url, tmp_path):
             time.sleep(0.5)
             postgres.control("restart", "-m", "immediate")
 
-    command = Command(tmp_path, url=url, DUMMY_SLEEP="0.3")
+    command = Command(tmp_path, url=url)
     restarted(command, url, 20, disturb)
     code, output = command.run("--trials", "20", "--workers", "2")
     assert (code, "20 of 20 trials finished" in output) == (0, True), output

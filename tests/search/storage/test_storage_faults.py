@@ -138,12 +138,12 @@ def lock(path, seconds):
 
 def check_locked(command, seconds):
     """Locked in the middle of a run, while its workers train; nothing is ended for being silent."""
-    process = command.start("--trials", "12", "--workers", "2", "--silence", "2s")
-    command.wait_for_report()
+    process = command.start_slowly("--trials", "12", "--workers", "2", "--silence", "2s")
     path = command.folder / "study.db"
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     holder = lock_while_written(path, seconds)
+    command.hurry()
     output, _ = process.communicate(timeout=240)
     holder.join()
     assert process.returncode == 0, output
@@ -157,20 +157,24 @@ def check_locked(command, seconds):
 def lock_while_written(path, seconds):
     """The write lock of a database in use: in WAL mode its readers go on, its writers wait."""
 
+    is_held = threading.Event()
+
     def hold():
         with closing(sqlite3.connect(path, isolation_level=None, timeout=30)) as connection:
             connection.execute("BEGIN EXCLUSIVE")
+            is_held.set()
             time.sleep(seconds)
             connection.rollback()
 
     thread = threading.Thread(target=hold)
     thread.start()
+    assert is_held.wait(30)
     return thread
 
 
 @pytest.mark.fault("S3")
 def test_s3_a_file_that_another_process_locks_is_waited_for(tmp_path):
-    check_locked(Command(tmp_path, DUMMY_SLEEP="0.3"), 5)
+    check_locked(Command(tmp_path), 5)
 
 
 @pytest.mark.fault("S3")
@@ -265,10 +269,9 @@ def test_s4_a_full_disk_at_a_commit_or_a_log_line(disk, tmp_path):
     command = Command(disk)
     command.log = tmp_path / "dummy.log"
     command._environment["DUMMY_LOG"] = str(command.log)
-    command._environment["DUMMY_SLEEP"] = "2"  # more work than filling a disk takes
     arguments = ("--trials", "8", "--workers", "2", "--log", "csv")
-    process = command.start(*arguments)
-    command.wait_for_report()
+    process = command.start_slowly(*arguments)
+    command.slow_down(3.0)
     fill(disk)
     output, _ = process.communicate(timeout=120)
     last = output.splitlines()[-1]
@@ -281,7 +284,7 @@ def test_s4_a_full_disk_at_a_commit_or_a_log_line(disk, tmp_path):
     assert code == 1, output
     assert "MB free, a run needs about" in output
     (disk / "filler").unlink()
-    command._environment["DUMMY_SLEEP"] = "0.02"
+    command.hurry()
     code, output = command.run(*arguments)
     assert code == 0, output
     (command.folder / "csv").rename(disk / "csv")  # the checker knows no logs

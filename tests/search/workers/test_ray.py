@@ -101,7 +101,8 @@ def test_a_study_runs_as_it_does_here(tmp_path):
 @pytest.mark.fault("E1")
 @pytest.mark.slow
 def test_e1_workers_actors_and_the_driver_are_killed(tmp_path):
-    command = Command(tmp_path, DUMMY_SLEEP="0.5")
+    command = Command(tmp_path)
+    command.slow_down()
     arguments = ("--trials", "24", "--max-attempts", "50", *RAY)
     rng = random.Random(1)
     process = command.start(*arguments)
@@ -118,6 +119,7 @@ def test_e1_workers_actors_and_the_driver_are_killed(tmp_path):
             process.communicate()
             invariants.wait_until_no_worker(command.folder, 10)
             process = command.start(*arguments)
+    command.hurry()
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     invariants.check(command.folder, command.log, 24)
@@ -337,13 +339,13 @@ def test_e1_a_node_is_lost_and_another_joins(cluster, tmp_path):
         *("--trials", "12", "--workers", "2", *of(cluster)),
         *("--shared", str(tmp_path / "shared"), "--max-attempts", "9"),
     )
-    process = command.start(*arguments)
-    command.wait_for_report()
+    process = command.start_slowly(*arguments)
     while len(invariants.workers_of(command.folder)) < 2:
         time.sleep(0.1)
     cluster.remove_node(lost, allow_graceful=False)
     time.sleep(2)
     cluster.add_node(num_cpus=1)
+    command.hurry()
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     assert "was lost with its actor or node" in output
