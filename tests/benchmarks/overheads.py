@@ -256,12 +256,13 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 
     class Timed(Coordinator):
         def _next(self):
-            self._asked = time.perf_counter()
+            self._asked, self._asked_cpu = time.perf_counter(), time.process_time()
             return super()._next()
 
         def _start(self, pool, slot, trial):
             super()._start(pool, slot, trial)
             took["ask"].append(time.perf_counter() - self._asked)
+            took["ask_cpu"].append(time.process_time() - self._asked_cpu)
 
         def _handle(self, pool, event):
             type_, began = event.message["type"], time.perf_counter()
@@ -303,6 +304,7 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     trials = opened.get_trials(deepcopy=False)[before:]
     return {
         "ask": took["ask"],
+        "ask_cpu": took["ask_cpu"],
         "report": took["report"],
         "suggest": took["suggest"],
         "idle": idle(trials),

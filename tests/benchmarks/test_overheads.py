@@ -46,8 +46,8 @@ def test_copied_trials_are_a_study_as_optuna_reads_it(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.fault("S7")
 def test_a_study_of_10_000_trials(tmp_path):
-    """The opening is timed by the processor: on a busy machine the clock says nothing of it."""
-    given = argparse.Namespace(seconds=14.0, pruner="asha", profile=None)  # a trial takes ten
+    """Timed by the processor: on a busy machine the clock says nothing of it."""
+    given = argparse.Namespace(seconds=30.0, pruner="asha", profile=None)  # a trial takes ten
     found = {}
     for count, database in overheads.fill(tmp_path, [100, 10_000]).items():
         folder = tmp_path / str(count)
@@ -57,6 +57,5 @@ def test_a_study_of_10_000_trials(tmp_path):
     many = found[10_000]
     assert many["open_cpu"] < 6
     assert many["ended"] > 0
-    # The row asks for 0.2 s; on an idle machine it is 0.17, which a busy one may treble.
-    assert overheads.percentile(many["ask"], 95) < 0.5
+    assert overheads.percentile(many["ask_cpu"], 95) < 0.2
     assert many["worker_rss"] < 1.1 * found[100]["worker_rss"]

@@ -142,7 +142,7 @@ def test_only_the_folder_s_own_partial_files_are_removed(tmp_path):
 def test_a_full_disk_is_one_line_with_path_and_bytes(tmp_path):
     final = tmp_path / "a.txt"
     final.write_text("old")
-    message, _ = start(ON_A_FULL_DISK, final).communicate(timeout=20)
+    message, _ = start(ON_A_FULL_DISK, final).communicate(timeout=120)
     assert f"{final} could not be written: File too large. It needs 5000 bytes" in message
     assert message.count("\n") == 1
     assert final.read_text() == "old"

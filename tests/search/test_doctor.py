@@ -63,17 +63,17 @@ def test_a_problem_is_told_with_its_fix(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keras", "words"),
+    ("keras", "words", "timeout"),
     [
-        ("import os; os.abort()", "killed by signal 6"),
-        ("raise ImportError('libcudart.so')", "libcudart.so"),
-        ("import time; time.sleep(60)", "not imported within"),
+        ("import os; os.abort()", "killed by signal 6", 60),
+        ("raise ImportError('libcudart.so')", "libcudart.so", 60),
+        ("import time; time.sleep(60)", "not imported within", 3),
     ],
     ids=["crashes", "raises", "hangs"],
 )
-def test_a_backend_that_cannot_be_imported(tmp_path, monkeypatch, keras, words):
+def test_a_backend_that_cannot_be_imported(tmp_path, monkeypatch, keras, words, timeout):
     (tmp_path / "keras.py").write_text(keras)
-    monkeypatch.setattr(doctor, "BACKEND_TIMEOUT", 3)
+    monkeypatch.setattr(doctor, "BACKEND_TIMEOUT", timeout)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (finding,) = doctor._backend()
     assert finding.state == "problem"

@@ -113,7 +113,7 @@ def check_killed_after_write(folder, number):
     command = Command(folder, DUMMY_SLEEP="0.002")
     arguments = ("--trials", "4", "--workers", "1")
     process = command.start(*arguments, program=("tests.killed", str(number)))
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     if process.returncode == 0:
         return False
     assert process.returncode == -signal.SIGKILL
@@ -164,7 +164,7 @@ def test_k5_a_stopped_worker_is_replaced_and_its_trial_runs_again(command):
     stopped = psutil.Process(json.loads(command.log.read_text().partition("\n")[0])["process"])
     stopped.suspend()
     command.hurry()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert not stopped.is_running()
     assert re.search(r"worker \d said nothing for \d s and is replaced", output)

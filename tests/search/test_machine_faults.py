@@ -27,9 +27,12 @@ def cgroup():
     root = version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")
     group = root / f"fmnist-search-{os.getpid()}"
     limit = "memory.limit_in_bytes" if version_1.is_dir() else "memory.max"
+    swap = "memory.memsw.limit_in_bytes" if version_1.is_dir() else "memory.swap.max"
     try:
         group.mkdir()
         (group / limit).write_text(str(400 * 2**20))
+        if (group / swap).exists():  # else it swaps for minutes before it is killed
+            (group / swap).write_text(str(400 * 2**20 if version_1.is_dir() else 0))
     except OSError as error:
         pytest.skip(f"no control group can be made here: {error}")
     yield ("sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh")
@@ -182,7 +185,7 @@ def test_x6_a_study_that_anybody_may_write_is_not_run(tmp_path):
     file.chmod(0o666)
     done = subprocess.run(
         [sys.executable, "-m", "search", "--study", str(file), "--out", str(tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == EXIT_USAGE
     assert f"anybody may write {file}" in done.stderr
@@ -216,7 +219,7 @@ def test_x3_a_config_runs_no_code(tmp_path):
     config.write_text(f"!!python/object/apply:os.mkdir ['{tmp_path}/made']")
     done = subprocess.run(
         [sys.executable, "-m", "search", "train", str(config), "--out", str(tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == EXIT_DAMAGED
     assert "is no YAML file" in done.stderr

@@ -20,7 +20,12 @@ QUICK = ["-m", "search"]
 
 def run(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60, **options
+        [sys.executable, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
     )
 
 

@@ -256,7 +256,7 @@ def test_without_network_one_line_says_what_to_do(folder):
 def test_eight_first_runs_fetch_each_file_once(folder, server):
     folder.rmdir()
     runs = [start_ensure(server.url) for _ in range(8)]
-    assert {run.communicate(timeout=30)[0].strip() for run in runs} == {CONTENT_HASH}
+    assert {run.communicate(timeout=120)[0].strip() for run in runs} == {CONTENT_HASH}
     assert server.requests == list(FILES)
     assert names(folder) == sorted(FILES)
 
@@ -284,7 +284,7 @@ def test_a_read_only_cache(monkeypatch, damaged):
             path.chmod(0o555)
         monkeypatch.setenv("KERAS_HOME", home)
         user = NOBODY if os.geteuid() == 0 else None
-        output, errors = start_ensure(CLOSED, user=user).communicate(timeout=20)
+        output, errors = start_ensure(CLOSED, user=user).communicate(timeout=120)
         for path in (Path(home), folder.parent, folder):
             path.chmod(0o755)
     if not damaged:

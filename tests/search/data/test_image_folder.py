@@ -464,7 +464,7 @@ def test_a_killed_preparation_is_done_again(flowers, home):
 
 def test_two_processes_prepare_at_once(flowers, home):
     runs = [start(flowers) for _ in range(3)]
-    assert len({run.communicate(timeout=30)[0].strip() for run in runs}) == 1
+    assert len({run.communicate(timeout=120)[0].strip() for run in runs}) == 1
     assert [run.returncode for run in runs] == [0, 0, 0]
     assert [name[:8] for name in names(home)] == ["flowers-"]
 

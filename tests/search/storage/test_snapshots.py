@@ -183,10 +183,10 @@ def test_the_command_says_what_it_has_done(database):
         str(database.parent / "mine.py"),
     ]
     command += ["--out", str(database.parent)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "with 4 finished trials" in done.stdout
     assert "the damaged file lies in" in done.stdout
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 2
     assert "nothing to repair" in again.stderr

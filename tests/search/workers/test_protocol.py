@@ -334,7 +334,7 @@ def test_a_worker_ends_when_its_coordinator_dies(start, doing):
     assert channel.receive() == [{"type": "begun"}]
     assert process.poll() is None
     channel.close()
-    _, said = process.communicate(timeout=5)
+    _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "")
 
 
@@ -342,5 +342,5 @@ def test_a_worker_that_nobody_hears_ends_without_a_traceback(start, pair):
     process, channel = start(WORKER, "telling")
     assert channel.receive()[0] == {"type": "begun"}
     pair[0].shutdown(socket.SHUT_RD)  # its reading thread learns nothing of this
-    _, said = process.communicate(timeout=5)
+    _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "")
