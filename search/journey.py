@@ -10,22 +10,26 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import TrialState
 
-from search import artifacts, catalogue, folders, results
+from search import artifacts, catalogue, folders, provenance, results, signals
 from search.coordinator import Coordinator
 from search.data import datasets, weights
-from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
+from search.errors import (
+    EXIT_DAMAGED,
+    EXIT_NOTHING_USABLE,
+    EXIT_STORAGE_LOST,
+    EXIT_USAGE,
+    SearchError,
+)
+from search.report import source
 from search.settings import (
     Settings,
     refuse_another_space,
@@ -52,6 +56,9 @@ _MEASURED = (
     *("num_reports", "images_per_report", "images_per_epoch", "num_images", "precision"),
     "pretrained",  # which known points begin from the study's weights
 )
+# Seconds that the report of an interrupted run may take; `fmnist-search report` has as long as it
+# needs. Measured on one core: 2 s for 100 trials, 40 s for 2000.
+_LAST_REPORT = 5.0
 
 
 @dataclass(frozen=True)
@@ -124,15 +131,29 @@ class _Journey:
         self._database = database
         # To read only, until it is known that this run belongs to it.
         self._study = database.read(entry.name)
+        self._has_begun = False  # what this run was asked is stored
 
     def go(self, final: bool) -> Outcome:
         if outcome := self._already_done(final):
             if not self._has_report():
                 self._report()
             return outcome
-        outcome = self._run_what_is_missing(final)
+        try:
+            outcome = self._run_what_is_missing(final)
+        except Interrupted:
+            # Its workers are gone and all is stored: what is left may take a moment, not more.
+            self._report_of_what_began(_LAST_REPORT)
+            raise
+        except SearchError as error:
+            if error.exit_code not in (EXIT_STORAGE_LOST, EXIT_DAMAGED):
+                self._report_of_what_began()
+            raise
         self._report()
         return outcome
+
+    def _report_of_what_began(self, seconds: float | None = None) -> None:
+        if self._has_begun:
+            self._report(seconds)
 
     def _run_what_is_missing(self, final: bool) -> Outcome:
         folders.clean(self._folder)
@@ -166,7 +187,7 @@ class _Journey:
 
     def _run_on(self, pool: Pool, final: bool) -> Outcome:
         logs = open_logs(self._options.get("log"), self._folder)
-        with signals_to(pool), closing(logs), pool:
+        with signals.ending(pool), closing(logs), pool:
             self._view.begin("starting workers", 0)
             self._view.refresh(pool.slots)
             settings = self._begin(pool)
@@ -242,9 +263,11 @@ class _Journey:
                 "weights": pretrained,
                 "file": None if catalogue.is_installed(self._entry.file) else str(self._entry.file),
                 "file_sha256": artifacts.sha256(self._entry.file),
-                "told": self._told(settings, ready["precision"]),
+                "told": self._told(settings, ready["precision"], len(pool.slots)),
+                "made_with": self._made_with(),
             },
         )
+        self._has_begun = True
         notes.name_metric(self._study)
         logger.info(
             "study %s: %d trials, %s%s, %d %s%s",
@@ -283,14 +306,21 @@ class _Journey:
                 )
         return settings
 
-    def _told(self, settings: Settings, precision: str | None) -> dict[str, Any]:
+    def _told(self, settings: Settings, precision: str | None, workers: int) -> dict[str, Any]:
         """What may change from one call to the next. One that has nothing left to search keeps what
         the search was told: its trials are those of another sampler, pruner and precision."""
         told: dict[str, Any] = {"final_epochs": settings.final_epochs}
         if settings.kind == "comparison" or self._num_finished() < settings.trials:
             told |= {name: getattr(settings, name) for name in ("trials", "sampler", "pruner")}
             told["precision"] = precision
+            told["workers"] = workers  # so many trials run while TPE draws the next
         return (self._run() or {}).get("told", {}) | told
+
+    def _made_with(self) -> list[dict[str, Any]]:
+        """Versions, commit and hardware, of each call where they were others than before."""
+        before = (self._run() or {}).get("made_with", [])
+        now = provenance.collect()
+        return before if before[-1:] == [now] else [*before, now]
 
     def _refuse_another(
         self,
@@ -376,27 +406,59 @@ class _Journey:
             {str(path.relative_to(self._folder)): artifacts.sha256(path) for path in written},
         )
         notes.save_answer(self._study, figures)
+        if plots := self._plots():
+            notes.save_plots(self._study, plots)
         self._study.set_user_attr("measured", self._measured(jobs))
         return figures
 
-    def _report(self) -> None:
-        """Draw the run; it has reached what it was to reach, whether or not that can be drawn."""
-        from search.report import report  # plotly is only imported where something is drawn
+    def _plots(self) -> dict[str, str]:
+        """The winners' figures for the dashboard; none where they can't be drawn."""
+        from search.report import dashboard_plots
 
         assert self._study is not None
-        path = self._folder / report.NAME
         try:
-            report.write(self._study, self._folder, path, self._entry.summary)
+            return dashboard_plots.of(source.read(self._study, self._folder))
+        except Exception as error:
+            logger.warning("the dashboard lacks the winners' figures: %s", error)
+            logger.debug("the figures failed", exc_info=True)
+            return {}
+
+    def _report(self, seconds: float | None = None) -> None:
+        """Draw the run; it has reached what it was to reach, whether or not that can be drawn.
+
+        Args:
+            seconds: that it may take; None for as long as it needs.
+
+        Raises:
+            Interrupted: at a signal, at once.
+        """
+        path = self._folder / source.NAME
+        if seconds is not None:
+            logger.info("drawing %s, %.0f s at most; Ctrl-C ends that, too", path, seconds)
+        try:
+            with signals.interruptible(seconds):
+                from search.report import report  # plotly is only imported where it draws
+
+                assert self._study is not None
+                report.write(self._study, self._folder, path, self._entry.summary)
+        except TimeoutError:
+            logger.info(
+                "%s takes longer than that: `fmnist-search report` draws what there is", path
+            )
+        except Interrupted:
+            raise
         except Exception as error:
             logger.warning("%s could not be written: %s", path, error)
             logger.debug("the report failed", exc_info=True)
 
     def _has_report(self) -> bool:
-        """Whether there is one, not older than what it shows."""
-        shown, drawn = self._folder / "metrics.json", self._folder / "report.html"
-        if not drawn.is_file():
+        """Whether there is one, which shows the run as it is."""
+        assert self._study is not None
+        try:
+            now = source.read(self._study, self._folder, self._entry.summary)
+        except SearchError:  # said when it is drawn
             return False
-        return not shown.is_file() or shown.stat().st_mtime_ns <= drawn.stat().st_mtime_ns
+        return source.mark_of(self._folder / source.NAME) == now.mark
 
     def _measured(self, jobs: list[Job]) -> dict[str, Any]:
         """What metrics.json was made from: made again when any of it is another."""
@@ -477,24 +539,3 @@ def _warn_of_unseen_gpus(pool: Pool, ready: dict[str, Any]) -> None:
             "this machine has a GPU that Keras does not see, so the search runs on cores; "
             "install with: pip install '.[cuda]'"
         )
-
-
-@contextmanager
-def signals_to(pool: Pool) -> Iterator[None]:
-    """The first SIGINT, SIGTERM or SIGHUP ends the run in good order, the second at once."""
-
-    def handle(number: int, _frame: object) -> None:
-        if pool.interrupted:
-            os._exit(128 + number)
-        pool.interrupted = number
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread, whose owner handles them
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

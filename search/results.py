@@ -12,7 +12,7 @@ from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 
 # Parts of the data as published figures name them -> as winners do.
 PARTS = {"train": "train", "val": "validation", "test": "test"}
-_SHOWN_ELSEWHERE = ("known_point", "seconds")
+_SHOWN_ELSEWHERE = ("known_point", "seconds", "reason", "stderr", "traceback")
 
 
 class Row(NamedTuple):
@@ -80,7 +80,7 @@ def detail(study: optuna.Study, number: int) -> dict[str, Any]:
         "figures": {
             name: value
             for name, value in attrs.items()
-            if name not in _SHOWN_ELSEWHERE and isinstance(value, int | float)
+            if name not in _SHOWN_ELSEWHERE and isinstance(value, int | float | str)
         },
         "retrained": retrained,
         "traceback": attrs.get("traceback"),

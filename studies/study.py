@@ -48,7 +48,8 @@ class Study:
     pruner: str = "asha"
     first_rung: int = 1  # reports before a trial can be pruned
     reduction_factor: int = 3  # one trial in so many passes a rung
-    # Tried first and never pruned; the space's defaults fill what a point leaves out.
+    # Tried first; pruned only where behind like any other and where, besides, a complete trial was
+    # ahead at the same report. The space's defaults fill what a point leaves out.
     known_points: tuple[dict[str, Any], ...] = ()
     # Nothing is searched: each known point is trained on the training part, over several seeds,
     # with the validation part watched at each report, and measured on the test set.
@@ -62,6 +63,7 @@ class Study:
     # Points with more are refused before they cost anything.
     max_parameters: int | None = None
     max_flops: int | None = None  # of one image through the model
+    max_memory: int | None = None  # bytes, of one step of its training, about
 
     def __post_init__(self) -> None:
         if not NAME_RULE.fullmatch(self.name):
@@ -81,7 +83,7 @@ class Study:
         for field in ("trials", "images_per_report", "batch_size", "first_rung"):
             if not isinstance(value := getattr(self, field), int) or value < 1:
                 raise ValueError(f"{field} is a whole number of at least 1. Received: {value!r}")
-        for field in ("max_parameters", "max_flops"):
+        for field in ("max_parameters", "max_flops", "max_memory"):
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field} is a whole number of at least 1. Received: {value!r}")

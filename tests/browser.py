@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +24,7 @@ def browse(url: str, folder: Path, *options: str) -> tuple[str, str]:
     """What Chromium says on standard output and error when it shows a page.
 
     Args:
-        folder: for its profile; a new one at each call.
+        folder: for its profile.
         options: its own, such as --dump-dom or --screenshot=FILE.
     """
     assert BROWSER is not None
@@ -32,3 +36,44 @@ def browse(url: str, folder: Path, *options: str) -> tuple[str, str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
+
+
+def evaluate(page: Path, expression: str, folder: Path, *options: str, width: int = 1200) -> Any:
+    """What JavaScript says in a report whose figures are drawn, through JSON.
+
+    Args:
+        page: the report, of which a copy is shown.
+        width: of what it is shown in, in CSS pixels; a window is never as narrow as a phone.
+    """
+    probe = (
+        "const probe = () => {"
+        "if (document.documentElement.dataset.drawn === undefined) return setTimeout(probe, 50);"
+        f"parent.postMessage(JSON.stringify({expression}), '*');"
+        "}; probe();"
+    )
+    before, end, after = page.read_text().rpartition("</body>")
+    (folder / "probed.html").write_text(f"{before}<script>{probe}</script>{end}{after}")
+    frame = folder / "frame.html"
+    frame.write_text(
+        "<!doctype html><script>addEventListener('message', ({ data }) => "
+        "document.documentElement.append(Object.assign(document.createElement('pre'), "
+        "{ id: 'probe', textContent: data })));</script>"
+        f'<iframe src="probed.html" style="border: 0; width: {width}px; height: 2000px"></iframe>'
+    )
+    dom, errors = browse(frame.as_uri(), folder, "--dump-dom", *options)
+    found = re.search(r'<pre id="probe">(.*?)</pre>', dom, re.DOTALL)
+    assert found is not None, errors
+    return json.loads(html.unescape(found[1]))
+
+
+def complaints(log: str) -> list[str]:
+    """What the page has said on the console."""
+    return [line for line in log.splitlines() if "CONSOLE" in line]
+
+
+def asked_elsewhere(net_log: Path) -> set[str]:
+    """Addresses of other machines that were asked for (--log-net-log=FILE)."""
+    asked = set(re.findall(r'"url":"(https?://[^"]+)"', net_log.read_text()))
+    # The browser's own errands: it is told to keep still, and does not wholly.
+    own = r"https?://127\.0\.0\.1[:/]|google|gvt1|chrom"
+    return {url for url in asked if not re.search(own, url)}

@@ -1,5 +1,6 @@
 """The command line on the dummy study, in a folder of its own: what the fault tests start."""
 
+import json
 import os
 import signal
 import subprocess
@@ -81,6 +82,11 @@ class Command:
 
     def study(self):
         return storage.read_study(storage.url_in(self.folder, self._url), "dummy")
+
+    def entries(self, event: str) -> list[dict]:
+        """Of the dummy's log."""
+        found = map(json.loads, self.log.read_text().splitlines())
+        return [entry for entry in found if entry["event"] == event]
 
     def wait_for_worker(self) -> None:
         self._wait(lambda: invariants.workers_of(self.folder))

@@ -26,6 +26,12 @@ CLASSES = (
 NUM_REPORTS = 20
 BEGAN = 1_700_000_000.0  # seconds since 1970
 NUM_TEST = 2_000
+MADE_WITH = {
+    "versions": {"python": "3.11.9", "keras": "3.15.1", "optuna": "5.0.0"},
+    "backend": "tensorflow",
+    "commit": "0" * 40,
+    "hardware": {"processor": "AMD EPYC", "cores": 2, "gpus": 0},
+}
 SPACE = {
     "num_blocks": Int(1, 4),
     "filters": Int(8, 32, step=8),
@@ -83,11 +89,13 @@ def run_attribute(kind="space", classes=CLASSES):
         "file": None,
         "told": {
             "trials": 100,
+            "workers": 2,
             "sampler": "tpe",
             "pruner": "asha",
             "precision": "" if is_objective else "bfloat16",
             "final_epochs": None,
         },
+        "made_with": [MADE_WITH],
     }
 
 
@@ -122,12 +130,7 @@ def write_metrics(study, folder, *, top=1, seeds=2, kind="space", classes=CLASSE
         },
         "winners": winners,
         "ensemble": {"models": top * seeds, "test": winners[0]["seeds"][0]["test"]},
-        "provenance": {
-            "versions": {"python": "3.11.9", "keras": "3.15.1", "optuna": "5.0.0"},
-            "backend": "tensorflow",
-            "commit": "0" * 40,
-            "hardware": {"processor": "AMD EPYC", "cores": 2, "gpus": 0},
-        },
+        "provenance": MADE_WITH,
         **changed,
     }
     artifacts.write_json(Path(folder) / "metrics.json", metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -83,16 +84,18 @@ def distribution_figure(counts: Mapping[str, Sequence[int]], names: Sequence[str
 
 
 def again_parts(run: Run) -> list[Html]:
-    made = [
-        page.heading("The same run"),
-        page.code(command(run)),
-        *_recorded(run),
-    ]
-    if run.metrics is None:
-        made.append(
-            page.note("Versions, commit and hardware are recorded when the winners are measured.")
-        )
-    return made
+    made = [page.heading("The same run"), page.code(command(run))]
+    if run.metrics:
+        config = run.folder / "configs" / "best.yaml"
+        made += [
+            page.heading("The winner alone", "Trains its config again and compares the figures."),
+            page.code(shlex.join(["fmnist-search", "train", str(config)])),
+            page.folded(
+                "Its config, configs/best.yaml",
+                [page.code(export.to_yaml(export.config(dict(run.winners[0]), dict(run.metrics))))],
+            ),
+        ]
+    return [*made, *_made_with(run)]
 
 
 def command(run: Run) -> str:
@@ -110,6 +113,8 @@ def command(run: Run) -> str:
             words += [f"--{name}", known["reference"]]
     if not run.is_comparison:
         words += ["--trials", str(told.get("trials", len(run.finished)))]
+    if told.get("workers"):
+        words += ["--workers", str(told["workers"])]
     for name in ("precision", *(() if run.is_comparison else ("sampler", "pruner"))):
         if told.get(name):
             words += [f"--{name}", told[name]]
@@ -126,37 +131,52 @@ def command(run: Run) -> str:
     return shlex.join(words)
 
 
-def _recorded(run: Run) -> list[Html]:
-    if run.metrics is None:
-        return []
-    best, provenance = run.winners[0], run.metrics["provenance"]
+def origins(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
+    """What it was made with, in the order of time, and how each part is called; a part that was
+    made with the same as the one before is left out."""
+    found = [("Made with", one) for one in run.started.get("made_with", [])]
+    found[1:] = [("Gone on with", one) for _, one in found[1:]]
+    if run.metrics and (not found or found[-1][1] != run.metrics["provenance"]):
+        name = "The winners were measured with" if found else "Made with"
+        found.append((name, run.metrics["provenance"]))
+    return found
+
+
+def _made_with(run: Run) -> list[Html]:
+    """Versions, hardware and commit, then seeds and data."""
+    made: list[Html] = []
+    before: dict[str, Any] = {}
+    for name, provenance in origins(run):
+        short, wide = _described(provenance)
+        made.append(page.heading(name, "What differs from above." if before else ""))
+        for values, is_wide in ((short, False), (wide, True)):
+            if changed := [(n, v) for n, v in values.items() if before.get(n) != v]:
+                made.append(page.pairs(changed, wide=is_wide))
+        before |= short | wide
+    if not made:
+        made = [
+            page.heading("Made with"),
+            page.note("An earlier version began this run: it kept no versions, commit, hardware."),
+        ]
+    told = (run.metrics or {"training": {}})["training"] | run.started.get("told", {})
+    short = {"precision": told.get("precision"), "workers": told.get("workers")}
+    short["seed of the study"] = run.started["fixed"]["seed"]
+    made.append(
+        page.pairs((name, value) for name, value in short.items() if value not in (None, ""))
+    )
+    wide = {}
+    if run.winners:
+        seeds = run.winners[0]["seeds"]
+        wide["seeds of the winner"] = ", ".join(str(seed["seed"]) for seed in seeds)
+    if run.dataset:
+        wide["data, SHA-256"] = run.dataset["sha256"]
+    return [*made, page.pairs(wide.items(), wide=True)] if wide else made
+
+
+def _described(provenance: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Its short values and its long ones, by their names."""
     hardware = provenance["hardware"]
-    config = run.folder / "configs" / "best.yaml"
-    return [
-        page.heading("The winner alone", "Trains its config again and compares the figures."),
-        page.code(shlex.join(["fmnist-search", "train", str(config)])),
-        page.folded(
-            "Its config, configs/best.yaml",
-            [page.code(export.to_yaml(export.config(dict(best), dict(run.metrics))))],
-        ),
-        page.heading("Made with"),
-        page.pairs(
-            [
-                *provenance["versions"].items(),
-                ("backend", provenance["backend"]),
-                ("precision", run.metrics["training"]["precision"]),
-                ("cores", hardware["cores"]),
-                ("GPUs", hardware["gpus"]),
-                ("seed of the study", run.metrics["training"]["study_seed"]),
-            ]
-        ),
-        page.pairs(
-            [
-                ("seeds of the winner", ", ".join(str(seed["seed"]) for seed in best["seeds"])),
-                ("processor", hardware["processor"]),
-                ("commit", provenance["commit"] or "an installed copy"),
-                ("data, SHA-256", run.metrics["dataset"]["sha256"]),
-            ],
-            wide=True,
-        ),
-    ]
+    short = {**provenance["versions"], "backend": provenance["backend"]}
+    short |= {"cores": hardware["cores"], "GPUs": hardware["gpus"]}
+    commit = provenance["commit"] or "an installed copy"
+    return short, {"processor": hardware["processor"], "commit": commit}

@@ -123,11 +123,14 @@ def section(anchor: str, title: str, parts: Iterable[Html]) -> Html:
     return Html(f'<section id="{text(anchor)}"><h2>{text(title)}</h2>{"".join(parts)}</section>')
 
 
-def document(title: str, question: str, sections: Sequence[tuple[str, str, list[Html]]]) -> str:
+def document(
+    title: str, question: str, sections: Sequence[tuple[str, str, list[Html]]], mark: str
+) -> str:
     """The whole file.
 
     Args:
         sections: anchor, title and parts of each.
+        mark: of what it shows (search/report/source.py).
     """
     links = "".join(f'<a href="#{anchor}">{text(name)}</a>' for anchor, name, _ in sections)
     body = "".join(section(*one) for one in sections)
@@ -137,6 +140,7 @@ def document(title: str, question: str, sections: Sequence[tuple[str, str, list[
     return (
         "<!doctype html>\n"
         '<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="made-from" content="{text(mark)}">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'

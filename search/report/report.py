@@ -15,7 +15,7 @@ import optuna
 from search import artifacts
 from search.report import answer, origin, page, search_section, source, winner_section
 
-NAME = "report.html"
+NAME = source.NAME
 
 
 def write(study: optuna.Study, folder: Path, file: Path, question: str = "") -> None:
@@ -48,4 +48,4 @@ def html(run: source.Run) -> str:
             ("data", "The data", origin.data_parts(run)),
         ]
     sections.append(("again", "How to do it again", origin.again_parts(run)))
-    return page.document(run.name, run.question, sections)
+    return page.document(run.name, run.question, sections, run.mark)

@@ -29,8 +29,7 @@ def _warnings(run: Run) -> list[Html]:
     edges = space.at_edges(run.complete[0]) if run.complete else []
     if edges:
         named = "; ".join(
-            f"{edge.name} is {short(edge.value)} in {short(edge.low)} to {short(edge.high)}"
-            for edge in edges
+            f"{edge.name} is {short(edge.value)}, {edge.where} {edge.of}" for edge in edges
         )
         made.append(
             page.note(
@@ -93,13 +92,13 @@ def _course(run: Run, study: optuna.Study) -> list[Html]:
         )
     if attempts := timeline.attempts(run.trials):
         lanes = len({attempt.lane for attempt in attempts})
-        died = sum(attempt.end == "died" for attempt in attempts)
+        died, cut = (sum(a.end == end for a in attempts) for end in ("died", "interrupted"))
         made.append(
             _plotted(
                 "What the workers did",
                 lambda: timeline.timeline_figure(attempts),
-                f"{len(attempts):,} attempts, at most {lanes} at a time; {died} died, since their "
-                "worker was lost or the search itself ended. Pauses of the search are cut out.",
+                f"{len(attempts):,} attempts, at most {lanes} at a time; {died} died with their "
+                f"worker, {cut} were cut off as the search itself ended. Its pauses are cut out.",
                 height=140 + 34 * lanes,
             )
         )

@@ -7,7 +7,9 @@ Nothing here needs the data set or Keras, so that a report can be made again on 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search import artifacts, results
 from search.errors import EXIT_DAMAGED, EXIT_NOTHING_USABLE, SearchError
 
+NAME = "report.html"
 Winner = Mapping[str, Any]
 
 
@@ -69,6 +72,21 @@ class Run:
         """The best first; of equals, the earlier one."""
         complete = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
         return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))
+
+    @cached_property
+    def mark(self) -> str:
+        """Another one where a report would show something else; 64 hexadecimal digits."""
+        trials = [
+            (
+                trial.number,
+                trial.state.name,
+                trial.last_step,
+                len(trial.user_attrs.get("attempts", [])),
+            )
+            for trial in self.trials
+        ]
+        shown = [self.name, self.question, dict(self.started), self.metrics, trials]
+        return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
     @property
     def epochs_per_report(self) -> float | None:
@@ -122,6 +140,17 @@ def read(study: optuna.Study, folder: Path, question: str = "") -> Run:
         results.search_seconds(study),
         results.saved_share(study),
     )
+
+
+def mark_of(file: Path) -> str | None:
+    """The mark of what a report shows; None where there is none, or an earlier version's."""
+    try:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            head = stream.read(1000)
+    except OSError:
+        return None
+    found = re.search(r'<meta name="made-from" content="([0-9a-f]{64})">', head)
+    return found[1] if found else None
 
 
 def _metrics(folder: Path, name: str) -> Mapping[str, Any] | None:

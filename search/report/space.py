@@ -19,12 +19,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.report import theme
 from search.report.page import label
+from search.results import short
 
 LEAST_COMPLETE = 8  # for importances: a guess, below which they are noise
 MOST_DRAWN = 250  # complete trials in parallel coordinates, slices and contour
 MOST_PARAMS = 8
 EDGE = 0.02  # of a range, on either side
-_FEWEST_STEPS = 4  # of a range of whole numbers that has edges worth a warning
+_FEWEST_STEPS = 3  # of a range or of numbers to choose from: of two each is an edge
 
 
 class AtEdge(NamedTuple):
@@ -32,33 +33,63 @@ class AtEdge(NamedTuple):
 
     name: str
     value: Any
-    low: float
-    high: float
+    where: str  # such as "the largest of"
+    of: str  # the range, or the numbers
 
 
 def at_edges(trial: FrozenTrial) -> list[AtEdge]:
     """Hyperparameters of the best trial whose range may be too narrow.
 
-    Not those of a few steps, which are nearly all edge, nor where a range begins at 0, which few
-    quantities can go below.
+    Not where a quantity itself ends: few can go below 0, a whole number that begins at 1 counts
+    something, and what lies between 0 and 1 is a share.
     """
     found = []
     for name, value in trial.params.items():
         range_ = trial.distributions[name]
-        if not isinstance(range_, FloatDistribution | IntDistribution) or range_.single():
-            continue
-        low, high = float(range_.low), float(range_.high)
-        if isinstance(range_, IntDistribution) and not range_.log:
-            if (high - low) / range_.step + 1 < _FEWEST_STEPS:
-                continue
-            is_low, is_high = value == low, value + range_.step > high
+        if isinstance(range_, CategoricalDistribution):
+            numbers = _numbers(range_)
+        elif isinstance(range_, FloatDistribution | IntDistribution) and not range_.single():
+            numbers = [range_.low, range_.high]
         else:
-            scale = math.log if range_.log else float
-            at = (scale(value) - scale(low)) / (scale(high) - scale(low))
-            is_low, is_high = at <= EDGE, at >= 1 - EDGE
-        if is_high or (is_low and low != 0):
-            found.append(AtEdge(name, value, low, high))
+            continue
+        if _num_steps(range_, numbers) < _FEWEST_STEPS:
+            continue
+        low, high = numbers[0], numbers[-1]
+        is_low, is_high = _ends(range_, value, low, high)
+        counts = low == 1 and all(isinstance(number, int) for number in (low, high))
+        is_share = (low, high) == (0, 1)
+        if (is_low and low != 0 and not counts) or (is_high and not is_share):
+            is_range = len(numbers) == 2
+            near = "" if value in (low, high) else "near "
+            where = f"{near}the {'largest' if is_high else 'smallest'} of"
+            named = [short(number) for number in numbers]
+            found.append(AtEdge(name, value, where, (" to " if is_range else ", ").join(named)))
     return found
+
+
+def _numbers(range_: CategoricalDistribution) -> list[Any]:
+    """What there is to choose from, the smallest first; empty where it is not numbers."""
+    numbers = [c for c in range_.choices if isinstance(c, int | float) and not isinstance(c, bool)]
+    return sorted(set(numbers)) if len(numbers) == len(range_.choices) else []
+
+
+def _num_steps(range_: BaseDistribution, numbers: Sequence[Any]) -> float:
+    if isinstance(range_, CategoricalDistribution):
+        return len(numbers)
+    assert isinstance(range_, FloatDistribution | IntDistribution)
+    return (range_.high - range_.low) / range_.step + 1 if range_.step else math.inf
+
+
+def _ends(range_: BaseDistribution, value: Any, low: Any, high: Any) -> tuple[bool, bool]:
+    """Whether a value lies at the lower and at the upper end."""
+    if isinstance(range_, CategoricalDistribution):
+        return value == low, value == high
+    assert isinstance(range_, FloatDistribution | IntDistribution)
+    if isinstance(range_, IntDistribution) and not range_.log:
+        return value == low, value + range_.step > high
+    scale = math.log if range_.log else float
+    at = (scale(value) - scale(low)) / (scale(high) - scale(low))
+    return at <= EDGE, at >= 1 - EDGE
 
 
 def snapshot(trials: Sequence[FrozenTrial], most: int | None = None) -> optuna.Study:

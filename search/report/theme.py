@@ -90,6 +90,8 @@ def styled(
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0, "title": None},
         **layout,
     )
+    # Optuna has a trace for infeasible trials, which are none.
+    figure.data = [t for t in figure.data if t.type != "scatter" or t.x is None or len(t.x)]
     figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
     if x:

@@ -14,12 +14,14 @@ from search.report.course import Clock, attempts_of, end_of, unit_of
 from search.report.page import label
 
 _FINISHED_OTHERWISE = ("diverged", "out_of_memory", "invalid", "error")
+_SEARCH_ENDED = "coordinator ended"  # search/trial.py
 # How an attempt ended -> what it is called, its colour.
 _ENDS = {
     "complete": ("complete", theme.ACCENT),
     "pruned": ("pruned", theme.FAINT),
     "failed": ("diverged or failed", theme.AMBER),
     "died": ("died", theme.RED),
+    "interrupted": ("the search ended", theme.VIOLET),
     "running": ("running", theme.TEAL),
 }
 
@@ -41,8 +43,13 @@ def attempts(trials: Sequence[FrozenTrial]) -> list[Attempt]:
     last = max((end_of(a) for t in trials for a in attempts_of(t)), default=0.0)
     free_at: dict[str, list[float]] = defaultdict(list)
     made = []
-    for start, number, attempt in sorted(
-        ((a["start"], trial.number, a) for trial in trials for a in attempts_of(trial)),
+    for start, number, attempt, has_ended_it in sorted(
+        (
+            (a["start"], trial.number, a, trial.state.is_finished() and a is of[-1])
+            for trial in trials
+            for of in [attempts_of(trial)]
+            for a in of
+        ),
         key=lambda one: one[:2],
     ):
         is_running = "end" not in attempt
@@ -52,7 +59,7 @@ def attempts(trials: Sequence[FrozenTrial]) -> list[Attempt]:
         lane = next((i for i, free in enumerate(lanes) if free <= start + 0.05), len(lanes))
         lanes[lane : lane + 1] = [end]
         reason = attempt.get("reason", "")
-        kind = "running" if is_running else _kind(reason)
+        kind = "running" if is_running else _kind(reason, has_ended_it)
         words = f"trial {number}, attempt {attempt.get('attempt', 1)}: {reason or 'running'}"
         begun = clock.hours(start)
         made.append(
@@ -89,7 +96,10 @@ def timeline_figure(made: Sequence[Attempt]) -> go.Figure:
     )
 
 
-def _kind(reason: str) -> str:
+def _kind(reason: str, has_ended_it: bool) -> str:
+    """How an attempt ended; one after which the trial ran again, for whatever reason, has died."""
     if reason in ("complete", "pruned"):
         return reason
-    return "failed" if reason in _FINISHED_OTHERWISE else "died"
+    if reason == _SEARCH_ENDED:
+        return "interrupted"
+    return "failed" if has_ended_it and reason in _FINISHED_OTHERWISE else "died"

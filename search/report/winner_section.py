@@ -13,6 +13,7 @@ from search.report.page import Html
 from search.report.source import Run, Winner
 from search.winners.pictures import MISCLASSIFIED
 
+_MOST_WITH_IMAGES = 12  # winners: each adds 0.2 MB to the page, of large images 1 MB
 _NO_FILE = (
     "the file is missing or not what was written, or an earlier version measured this winner. "
     "The run's own command makes a missing one again"
@@ -23,25 +24,20 @@ def parts(run: Run) -> list[Html]:
     if not run.winners:
         return [page.note("Nothing has been retrained and measured yet.")]
     first, *others = run.winners
-    made = _whole(run, first)
+    made = [page.paragraph(f"Of {name_of(first, run)}. {_origin(first)}"), *_whole(run, first)]
     made += [
         page.folded(
             f"{name_of(winner, run)}: test accuracy {winner['test']['mean']['accuracy']:.4f}",
-            _of_one(run, winner),
+            _whole(run, winner) if rank <= _MOST_WITH_IMAGES else _of_one(run, winner),
         )
-        for winner in others
+        for rank, winner in enumerate(others, 2)
     ]
     return made
 
 
 def _whole(run: Run, winner: Winner) -> list[Html]:
     pictures = run.pictures(winner)
-    return [
-        page.paragraph(f"Of {name_of(winner, run)}. {_origin(winner)}"),
-        *_of_one(run, winner),
-        *_images(run, pictures),
-        *_learned(pictures),
-    ]
+    return [*_of_one(run, winner), *_images(run, pictures), *_learned(pictures)]
 
 
 def _origin(winner: Winner) -> str:
@@ -98,7 +94,7 @@ def _of_one(run: Run, winner: Winner) -> list[Html]:
 
 def _training(run: Run, winner: Winner, predictions: Mapping[str, np.ndarray]) -> list[Html]:
     """Curves of the search's trial; of a comparison, of the first seed's training."""
-    history, whose = _history(run, winner, predictions)
+    history, whose = history_of(run, winner, predictions)
     per_report = run.epochs_per_report
     x = "epochs" if per_report else "reports"
     made = []
@@ -121,9 +117,11 @@ def _training(run: Run, winner: Winner, predictions: Mapping[str, np.ndarray]) -
     return [page.columns(made, narrow=True)]
 
 
-def _history(
+def history_of(
     run: Run, winner: Winner, predictions: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, list[float]], str]:
+    """A winner's training, one value a report by names such as loss and val_loss; and which
+    training it is."""
     if run.is_comparison:
         name = "history_"
         found = {

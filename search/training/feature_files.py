@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -27,6 +27,9 @@ from search import artifacts
 from search.errors import SearchError
 from search.training import features
 from search.training.features import Cut
+
+if TYPE_CHECKING:
+    import keras
 
 Tell = Callable[[int, int], None]  # activations there are, and there will be
 
@@ -52,6 +55,11 @@ class Work:
     @property
     def partial(self) -> Path:
         return self.folder / f"{self.key}.partial"
+
+    @property
+    def coarse(self) -> Path:
+        """A file that is there where a trained rest was in need of float32."""
+        return self.folder / f"{self.key}.coarse"
 
     @cached_property
     def batch_size(self) -> int:
@@ -171,12 +179,30 @@ def _is_current(path: Path, work: Work) -> bool:
     now = _computed(work, work.sample[few], "float32")
     assert now is not None
     # Batches of another size, or other threads, round in another way.
-    tolerance = 1e-3 if str(work.parts.prefix.outputs[0].dtype) == "float32" else 5e-2
+    tolerance = 1e-3 if is_float32(work) else 5e-2
     return np.allclose(now, sample[few], rtol=0, atol=tolerance * np.abs(now).max())
 
 
 def fits_float16(path: Path, work: Work) -> bool:
     return features.fits_float16(work.parts.rest, np.load(path / "sample.npy", mmap_mode="r"))
+
+
+def difference(
+    path: Path, work: Work, activations: np.ndarray, whole: keras.Model | None
+) -> features.Difference:
+    """Of the rest's answers to stored activations, from those to exact ones: the whole model's to
+    the sample's images, or without it, the rest's to the sample."""
+    if whole is None or not is_float32(work):  # bfloat16 rounds differently in another graph
+        exact = features.predicted(work.parts.rest, np.load(path / "sample.npy", mmap_mode="r"))
+    else:
+        exact = features.predicted(whole, work.images, work.sample)
+    kept = features.predicted(work.parts.rest, activations, work.sample)
+    return features.difference(exact, kept)
+
+
+def is_float32(work: Work) -> bool:
+    """Whether the prefix computes in float32."""
+    return str(work.parts.prefix.outputs[0].dtype) == "float32"
 
 
 def _intact_chunks(path: Path, meta: dict[str, Any]) -> list[str]:

@@ -7,9 +7,11 @@
     KEY-float16/   features.npy, sample.npy, meta.json: whole, and never written again
     KEY.partial/   the same on the way; its meta.json says which chunks are on disk
     KEY.lock       locked by the process that computes them
+    KEY.coarse     float16 was too coarse for a trained rest: float32 from then on
 
-Kept in float16, or in float32 where that would show (`features.fits_float16`). A killed computation
-goes on after its last chunk. Every lock is the kernel's and ends with its process; that of a user
+Kept in float16, or in float32 where that would show: at first as far as an untrained rest tells
+(`features.fits_float16`), then by those that have been trained (`holds`). A killed computation goes
+on after its last chunk. Every lock is the kernel's and ends with its process; that of a user
 lies on features.npy, so that nothing in use is evicted. Needs a local file system.
 """
 
@@ -25,7 +27,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -34,6 +36,9 @@ from search.errors import SearchError
 from search.training import feature_files
 from search.training.feature_files import Tell, Work
 from search.training.features import Cut
+
+if TYPE_CHECKING:
+    import keras
 
 logger = logging.getLogger("search")
 
@@ -71,10 +76,7 @@ class FeatureStore:
         Raises:
             SearchError: if they can't be kept: limit, disk or file system.
         """
-        shape = tuple(parts.prefix.compute_output_shape((1, *images.shape[1:]))[1:])
-        work = Work(
-            self._folder, feature_files.key_of(parts, images, data), parts, images, shape, tell
-        )
+        work = self._work(parts, images, data, tell)
         try:
             activations, held = self._found_or_computed(work)
         except OSError as error:
@@ -85,6 +87,46 @@ class FeatureStore:
             ) from error
         with held:
             yield activations
+
+    def holds(
+        self,
+        parts: Cut,
+        images: np.ndarray,
+        activations: np.ndarray,
+        *,
+        data: str,
+        whole: keras.Model | None = None,
+    ) -> bool:
+        """Whether the rest, trained by now, answers to stored activations as to exact ones.
+
+        Where float16 is too coarse for it, these activations are kept in float32 from now on. What
+        is in float32 holds, being all that there is; what differs nevertheless is logged.
+
+        Args:
+            activations: of the images, while they are open.
+            whole: the model that was cut, if it is to be kept: what it says of the images is exact.
+                Without it, what the rest says of a sample in float32; and float16 stays where
+                float32 never has room: reading images would cost more than it is worth.
+        """
+        dtype = str(activations.dtype)
+        if dtype == "float32" and whole is None:
+            return True
+        work = self._work(parts, images, data)
+        path = self._folder / f"{work.key}-{dtype}"
+        found = feature_files.difference(path, work, activations, whole)
+        if found.is_small:
+            return True
+        logger.warning("%s are too coarse in %s for a trained model: %s", work, dtype, found)
+        if dtype == "float16" and (whole or work.needed("float32") <= self._max_bytes):
+            work.coarse.touch()
+        return dtype == "float32"
+
+    def _work(
+        self, parts: Cut, images: np.ndarray, data: str, tell: Tell = lambda done, of: None
+    ) -> Work:
+        shape = tuple(parts.prefix.compute_output_shape((1, *images.shape[1:]))[1:])
+        key = feature_files.key_of(parts, images, data)
+        return Work(self._folder, key, parts, images, shape, tell)
 
     def _found_or_computed(self, work: Work) -> tuple[np.ndarray, BinaryIO]:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +146,7 @@ class FeatureStore:
 
     def _find(self, work: Work) -> tuple[np.ndarray, BinaryIO] | None:
         """Activations that suit this rest, and the open file that holds them."""
-        for dtype in ("float32", "float16"):
+        for dtype in ("float32",) if work.coarse.exists() else ("float32", "float16"):
             path = self._folder / f"{work.key}-{dtype}"
             held = _hold(path / "features.npy")
             if held is None:
@@ -138,15 +180,16 @@ class FeatureStore:
 
     def _compute(self, work: Work) -> None:
         work.partial.mkdir(exist_ok=True)
-        self._reserve(work, "float16")
+        dtype = "float32" if work.coarse.exists() else "float16"
+        self._reserve(work, dtype)
         work.tell(0, len(work.images))
         feature_files.make_sample(work)
-        dtype = "float16"
-        if not (
+        if dtype == "float16" and not (
             feature_files.fits_float16(work.partial, work) and feature_files.write(work, dtype)
         ):
             dtype = "float32"
             self._reserve(work, dtype)
+        if dtype == "float32":
             feature_files.write(work, dtype)
         meta = {
             **feature_files.meta_of(work.partial),
@@ -161,7 +204,8 @@ class FeatureStore:
         feature_files.verified.add(feature_files.identity_of(final / "features.npy"))
 
     def _reserve(self, work: Work, dtype: str) -> None:
-        """Makes room, and takes it by a sparse file of that size, which other processes count.
+        """Makes room, and takes it by a sparse file of that size, which other processes count: as
+        bytes in use, and as bytes of the disk that are not free, though nothing is written yet.
 
         Raises:
             SearchError: if there is not as much.
@@ -173,18 +217,22 @@ class FeatureStore:
             sizes = {}
             if needed <= self._max_bytes:  # else all would be evicted in vain
                 sizes = {path: _size(path) for path in self._others(work)}
-            for path in sorted(sizes, key=_last_used):
+            # First what is to be kept in another dtype now.
+            for path in sorted(sizes, key=lambda p: (work.key not in p.name, _last_used(p))):
                 if self._lack(work, dtype, sum(sizes.values())) and self._evict(path):
                     del sizes[path]
             if lack := self._lack(work, dtype, sum(sizes.values())):
                 raise SearchError(f"{work} need {_text(needed)} in {dtype}. {lack}")
             with (work.partial / "features.npy").open("ab") as stream:
-                stream.truncate(max(work.num_bytes(dtype), stream.tell()))
+                # With the sample, which comes next; `write` cuts it to size.
+                stream.truncate(max(needed, stream.tell()))
 
     def _lack(self, work: Work, dtype: str, used: int) -> str:
         """What there is too little of beside so many bytes in use, and the fix; or nothing."""
         needed = work.needed(dtype)
-        free = shutil.disk_usage(self._folder).free + _size(work.partial, allocated=True)
+        promised = sum(map(_unwritten, set(self._folder.glob("*.partial")) - {work.partial}))
+        free = shutil.disk_usage(self._folder).free - promised
+        free += _size(work.partial, allocated=True)
         if used + needed > self._max_bytes:
             return (
                 f"--cache-size allows {_text(self._max_bytes)}, of which {_text(used)} are in use. "
@@ -192,8 +240,8 @@ class FeatureStore:
             )
         if needed > free:
             return (
-                f"{self._folder} has {_text(free)} free. Fix: free that much, or take a folder on "
-                "another disk"
+                f"{self._folder} has {_text(max(0, free))} free. Fix: free that much, or take a "
+                "folder on another disk"
             )
         return ""
 
@@ -262,6 +310,11 @@ def _size(path: Path, *, allocated: bool = False) -> int:
             status = file.stat()
             total += status.st_blocks * 512 if allocated else status.st_size
     return total
+
+
+def _unwritten(path: Path) -> int:
+    """Bytes of the disk that a folder's files will take, and do not take yet."""
+    return max(0, _size(path) - _size(path, allocated=True))
 
 
 def _text(num_bytes: int) -> str:

@@ -28,6 +28,7 @@ from search.training.model_graph import arguments, calls, tensors
 
 LOGITS_DIFFER = 1e-2  # at most, between float16 and float32 activations
 CLASSES_AGREE = 0.999  # of the images, at least
+_TRAINED = 10.0  # between the most and the least likely class's logits, once trained; a guess
 _BATCH = 256
 _WORTH = 0.05  # of the operations of the whole model, at inference
 _TRIED_IMAGES = 4  # on which the prefix must be constant, and both parts together the model
@@ -68,24 +69,54 @@ def cut(model: keras.Model, images: np.ndarray | None = None) -> Cut | None:
     return None
 
 
+class Difference(NamedTuple):
+    """Between two answers to the same images."""
+
+    logits: float  # the largest
+    agreeing: float  # fraction of the images that get the same class
+
+    @property
+    def is_small(self) -> bool:
+        return self.logits < LOGITS_DIFFER and self.agreeing >= CLASSES_AGREE
+
+    def __str__(self) -> str:
+        return f"logits differ by {self.logits:.2g}, {self.agreeing:.2%} of the classes agree"
+
+
+def difference(outputs: np.ndarray, others: np.ndarray) -> Difference:
+    """Between outputs, (n, classes) or (n, 1): probabilities or logits."""
+    a, b = _logits(outputs), _logits(others)
+    return Difference(float(np.abs(a - b).max()), float(np.mean(_classes(a) == _classes(b))))
+
+
+def predicted(
+    model: keras.Model, inputs: np.ndarray, positions: np.ndarray | None = None
+) -> np.ndarray:
+    """A model's outputs for images or activations, which may be mapped; for some of them, where
+    positions are given."""
+    return np.concatenate([model.predict_on_batch(x) for x in _batches(inputs, positions)])
+
+
 def fits_float16(rest: keras.Model, activations: np.ndarray) -> bool:
     """Whether the rest answers the same to activations in float16: logits, and nearly all classes.
+
+    A rest that is not trained yet answers much the same to all images, and so to all errors: its
+    logits' difference counts as many times as they will lie further apart.
 
     Args:
         activations: (n, ...) float32.
     """
-    agreeing = 0
-    for start in range(0, len(activations), _BATCH):
-        exact = np.asarray(activations[start : start + _BATCH])
-        half = as_float16(exact)
+    exact, rounded = [], []
+    for batch in _batches(activations):
+        half = as_float16(batch)
         if half is None:
             return False
-        logits = _logits(rest.predict_on_batch(exact))
-        rounded = _logits(rest.predict_on_batch(half.astype(np.float32)))
-        if not np.abs(logits - rounded).max() < LOGITS_DIFFER:
-            return False
-        agreeing += int(np.count_nonzero(_classes(logits) == _classes(rounded)))
-    return agreeing >= CLASSES_AGREE * len(activations)
+        exact.append(rest.predict_on_batch(batch))
+        rounded.append(rest.predict_on_batch(half.astype(np.float32)))
+    outputs = np.concatenate(exact)
+    found = difference(outputs, np.concatenate(rounded))
+    grown = found.logits * max(1.0, _TRAINED / max(_spread(_logits(outputs)), 1e-9))
+    return found._replace(logits=grown).is_small
 
 
 def as_float16(activations: np.ndarray) -> np.ndarray | None:
@@ -136,6 +167,20 @@ def _logits(outputs: np.ndarray) -> np.ndarray:
         return np.log(outputs.clip(1e-30))
     p = outputs.clip(1e-7, 1 - 1e-7)
     return np.log(p / (1 - p))
+
+
+def _batches(inputs: np.ndarray, positions: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """In memory; what is in float16, as float32: another dtype would be traced anew."""
+    positions = np.arange(len(inputs)) if positions is None else positions
+    for start in range(0, len(positions), _BATCH):
+        batch = inputs[positions[start : start + _BATCH]]
+        yield batch.astype(np.float32) if batch.dtype == np.float16 else batch
+
+
+def _spread(logits: np.ndarray) -> float:
+    """How far the logits of an image lie apart, on average; a single one: from even odds."""
+    apart = np.ptp(logits, axis=1) if logits.shape[1] > 1 else np.abs(logits)
+    return float(apart.mean())
 
 
 def _classes(logits: np.ndarray) -> np.ndarray:

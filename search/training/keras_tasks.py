@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from search import artifacts
-from search.training import complexity, training
+from search.training import backend, complexity, training
 from search.training.hypermodel import Images, trains_itself
 from search.training.hyperparameters import ReplayedHyperParameters
 from search.training.objective import Objective
@@ -30,6 +30,14 @@ class KerasTasks(Objective):
                 as long as suits the point, and watch the validation part), path of the model, and
                 perhaps checkpoint, a file.
         """
+        while (outcome := self._retrained(tell, message)) is None:
+            backend.release()
+            tell(note="again, activations in float32")
+        return outcome
+
+    def _retrained(self, tell: Callable[..., None], message: Message) -> Message | None:
+        """None if the model differs from what it says of stored activations: next time they are
+        kept in float32, or it is trained on images."""
         self._begin(message["seed"])
         validated = message["validated"]
         chosen = self._data.at.train if validated else self._data.everywhere
@@ -38,7 +46,7 @@ class KerasTasks(Objective):
         space = self._space(round(epochs * len(chosen)))
         model = space.build(hp)
         callbacks = space.callbacks(hp)
-        figures = {}
+        figures, trained_on = {}, ""
         if trains_itself(self._study.space):
             num_reports = max(1, round(epochs * message["share"]))
             progress = training.Progress(tell, num_reports, len(chosen))
@@ -53,19 +61,20 @@ class KerasTasks(Objective):
             per_report = self._images_per_report
             plan = self._final_plan(hp, len(chosen), per_report, epochs * message["share"], message)
             progress = training.Progress(tell, plan.num_reports, plan.images_per_report)
-            with self._data.feeding(model, lambda note: tell(note=note)) as (part, inputs):
+            with self._data.feeding(model, lambda note: tell(note=note)) as feed:
+                trained_on, val = feed.about, self._data.rows(feed.inputs, self._data.at.val)
                 training.train(
-                    part,
-                    self._data.rows(inputs, chosen),
+                    feed.model,
+                    self._data.rows(feed.inputs, chosen),
                     plan,
-                    validation_data=self._data.rows(inputs, self._data.at.val)
-                    if validated
-                    else None,
+                    validation_data=val if validated else None,
                     callbacks=[*callbacks, progress, keras.callbacks.TerminateOnNaN()],
-                    checkpoints=self._checkpoints(message, hp, plan),
+                    checkpoints=self._checkpoints(message, hp, plan, feed.inputs),
                 )
                 if validated:
-                    figures = training.measured(part, self._data.rows(inputs, self._data.at.val))
+                    figures = training.measured(feed.model, val)
+                if not (progress.diverged or feed.holds(whole=model)):
+                    return None
             num_reports = len(progress.history.get("loss", []))
             trained = num_reports * plan.steps_per_report * plan.batch_size / len(chosen)
         if progress.diverged:
@@ -83,6 +92,7 @@ class KerasTasks(Objective):
             "history": progress.history,
             "seconds": progress.seconds,
             "parameters": model.count_params(),
+            "trained_on": trained_on,
             "epochs": trained,
             "flops": complexity.flops(model),
             "kept_epochs": trained if kept < 0 else trained * (kept + 1) / num_reports,

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import keras_tuner
+import numpy as np
 
 from search import folders
 from search.data import datasets
@@ -103,6 +104,7 @@ class Objective:
         trial.set_user_attr("parameters", complexity.parameters(model))
         trial.set_user_attr("flops", complexity.flops(model))
         batch_size = hp.values.get("batch_size", self._study.batch_size)
+        trial.set_user_attr("memory", complexity.training_bytes(model, batch_size))
         if too_much := limits.excess(model, batch_size, self._study):
             return {"outcome": "invalid", "reason": too_much}
         report = training.Report(trial, self._images_per_report)
@@ -120,8 +122,7 @@ class Objective:
                 batch_size,
                 message["seed"],
             )
-            checkpoints = self._checkpoints(message, hp, plan)
-            value = self._fit(space, hp, model, plan, report, trial, checkpoints)
+            value = self._fit(space, hp, model, plan, report, trial, message)
         if report.diverged:
             return {"outcome": "diverged", "reason": report.diverged}
         if report.pruned:
@@ -140,31 +141,45 @@ class Objective:
         plan: training.Plan,
         report: training.Report,
         trial: RemoteTrial,
-        checkpoints: Checkpoints | None,
+        message: Message,
     ) -> float | None:
         """Train as the product does; the model is left with its best weights. Their accuracy on
-        all validation images, unless the trial ended early."""
+        all validation images, unless the trial ended early, or the model differs from what it says
+        of stored activations: then it is to be asked itself."""
         best_weights = keras.callbacks.EarlyStopping(
             training.MONITOR, mode="max", patience=plan.num_reports, restore_best_weights=True
         )
-        with self._data.feeding(model, lambda note: trial.progress(note=note)) as (part, inputs):
+        with self._data.feeding(model, lambda note: trial.progress(note=note)) as feed:
+            trial.set_user_attr("cached", feed.cached)
+            if feed.about:
+                trial.set_user_attr("trained_on", feed.about)
             training.train(
-                part,
-                self._data.rows(inputs, self._data.at.train),
+                feed.model,
+                self._data.rows(feed.inputs, self._data.at.train),
                 plan,
-                validation_data=self._data.rows(inputs, self._data.at.monitor),
+                validation_data=self._data.rows(feed.inputs, self._data.at.monitor),
                 callbacks=[*space.callbacks(hp), best_weights, report],
-                checkpoints=checkpoints,
+                checkpoints=self._checkpoints(message, hp, plan, feed.inputs),
                 on_resume=trial.resume,
             )
             if report.diverged or report.pruned:
                 return None
-            return training.accuracy(part, self._data.rows(inputs, self._data.at.val))
+            if feed.holds():
+                return training.accuracy(
+                    feed.model, self._data.rows(feed.inputs, self._data.at.val)
+                )
+        coarse = "too coarse for what it became: its value is from images"
+        trial.set_user_attr("trained_on", f"{feed.about}, {coarse}")
+        return None
 
     def _checkpoints(
-        self, message: Message, hp: keras_tuner.HyperParameters, plan: training.Plan
+        self,
+        message: Message,
+        hp: keras_tuner.HyperParameters,
+        plan: training.Plan,
+        inputs: np.ndarray,
     ) -> Checkpoints | None:
-        """Of the training that a message asks for, where it says in which file."""
+        """Of the training that a message asks for, where it says in which file; on these inputs."""
         if not message.get("checkpoint"):
             return None
         asked = {name: message.get(name) for name in ("task", "epochs", "share", "validated")}
@@ -175,6 +190,7 @@ class Objective:
             "precision": self.precision,
             "dataset": self._settings["dataset"],
             "weights": self._settings["weights"],
+            "inputs": str(inputs.dtype),
         }
         return Checkpoints(Path(message["checkpoint"]), identity)
 

@@ -7,7 +7,8 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import keras
@@ -23,6 +24,19 @@ logger = logging.getLogger("search")
 Arrays = tuple[np.ndarray, np.ndarray]  # images and labels
 
 
+@dataclass(frozen=True)
+class Feed:
+    """What is trained, and what it reads, for each image of the training set."""
+
+    model: keras.Model  # the whole, or what follows its frozen part
+    inputs: np.ndarray  # images; or (n, ...) float16 or float32 activations up to there, mapped
+    about: str = ""  # which of the two, and why, where a part is frozen
+    cached: int = 0  # bytes of stored activations
+    # Asked after the training, with `whole=model` or without: whether what was trained answers to
+    # the stored activations as to exact ones. Where not, the next feed is in float32.
+    holds: Callable[..., bool] = lambda **_: True
+
+
 class TrainingData:
     """A data set's training images, read when they are first needed; opens no test pixels.
 
@@ -35,6 +49,7 @@ class TrainingData:
     def __init__(self, reference: str, cache: Path, cache_size: int):
         self._reference = reference
         self._store = FeatureStore(cache, cache_size) if cache_size else None
+        self._warned: set[tuple[int | None, ...]] = set()
 
     @cached_property
     def _images(self) -> Arrays:
@@ -66,28 +81,38 @@ class TrainingData:
         return backend.Rows(inputs, chosen), self._images[1][chosen]
 
     @contextmanager
-    def feeding(
-        self, model: keras.Model, tell: Callable[[str], None]
-    ) -> Iterator[tuple[keras.Model, np.ndarray]]:
-        """What is trained, and what it reads, for each image of the training set.
-
-        The model and the images; or, where nothing before some layer is trained or random, what
+    def feeding(self, model: keras.Model, tell: Callable[[str], None]) -> Iterator[Feed]:
+        """The model and the images; or, where nothing before some layer is trained or random, what
         follows there, and the activations up to there, which are computed once in a run.
 
         Args:
-            tell: how far that is, as text.
+            tell: how far that is, as text, or that there is no room for them.
         """
         images = self._images[0]
+        parts = features.cut(model, images) if self._store else None
+        if not (self._store and parts):
+            yield Feed(model, images)
+            return
+        opened = self._store.open(
+            parts,
+            images,
+            data=self._content,
+            tell=lambda done, of: tell(f"features {done / of:.0%}"),
+        )
         with ExitStack() as stack:
-            if self._store and (parts := features.cut(model, images)):
-                opened = self._store.open(
-                    parts,
-                    images,
-                    data=self._content,
-                    tell=lambda done, of: tell(f"features {done / of:.0%}"),
-                )
-                try:
-                    model, images = parts.rest, stack.enter_context(opened)
-                except SearchError as error:
-                    logger.warning("trained on images: %s", error)
-            yield model, images
+            try:
+                kept = stack.enter_context(opened)
+            except SearchError as error:
+                self._warn(parts.prefix.output_shape, error)
+                tell("on images: no room for activations")
+                feed = Feed(model, images, f"images, for want of room: {error}")
+            else:
+                holds = partial(self._store.holds, parts, images, kept, data=self._content)
+                feed = Feed(parts.rest, kept, f"activations in {kept.dtype}", kept.nbytes, holds)
+            yield feed
+
+    def _warn(self, shape: tuple[int | None, ...], error: SearchError) -> None:
+        """Once for such activations, not in each trial."""
+        if shape not in self._warned:
+            logger.warning("trained on images, which takes longer: %s", error)
+        self._warned.add(shape)

@@ -30,7 +30,7 @@ from search.winners.repeat import Repeated
 _console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 1000)
 # Of a report: the value that is pruned by, and that of the training images.
 _CURVES = {"value": "validation", "accuracy": "training"}
-_COUNTS = ("parameters", "flops")
+_COUNTS = ("parameters", "flops", "memory", "cached")
 _FIGURES = ("accuracy", "loss", "precision", "recall", "f1", "roc_auc")
 
 

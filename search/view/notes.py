@@ -2,11 +2,12 @@
 
     notes.save_of_trial(study, trial)          # the coordinator, when a trial has been told
     notes.save_answer(study, figures)          # when the winners have been measured
+    notes.save_plots(study, plots)             # and drawn (search/report/dashboard_plots.py)
 
 The dashboard opens the study read only, so that its notes are written here, into the system
-attributes where it looks for them (optuna_dashboard/_note.py); importing it takes seconds, which a
-coordinator does not have. A trial is told before its note is written: a kill between the two costs
-a note, which the next start adds, and never a trial.
+attributes where it looks for them (optuna_dashboard/_note.py, _custom_plot_data.py); importing it
+takes seconds, which a coordinator does not have. A trial is told before its note is written: a kill
+between the two costs a note, which the next start adds, and never a trial.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search import results
 from search.pruning import Standing
+from search.storage import storage
 
 _MAX_LENGTH = 2045  # characters of one attribute, as optuna_dashboard splits them
 _MAX_CLASSES = 20  # of a confusion matrix in a note
+_PLOT = "dashboard:plot_data:"  # before a plot's name and the number of a part
+# An attribute can't be taken away: what stands in the place of a plot that is no more.
+_NO_PLOT = '{"data": [], "layout": {"title": {"text": "There is no such winner any more"}}}'
 _METRIC_NAMES = "study:metric_names"  # what Study.set_metric_names writes, with a warning
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -69,6 +74,29 @@ def save_answer(study: optuna.Study, figures: Mapping[str, Any]) -> None:
         lines = [*_of_winner(winner, rank, class_names), "", *_of_trial(study, trial, None)]
         _save(study, trial._trial_id, lines, before)
     _save(study, None, _answer(study, figures), before)
+
+
+def save_plots(study: optuna.Study, plots: Mapping[str, str]) -> None:
+    """Have the dashboard draw these beside the study, and none of those from before.
+
+    As optuna_dashboard.save_plotly_graph_object, but what is there already is not written again.
+
+    Args:
+        plots: Plotly's JSON, by a name that is valid as an HTML id.
+    """
+    before = _attrs(study)
+    stored: dict[str, int] = {}  # parts of each
+    for key in before:
+        if key.startswith(_PLOT):
+            name = key.removeprefix(_PLOT).rpartition(":")[0]
+            stored[name] = stored.get(name, 0) + 1
+    with storage.together(study):  # half a plot can't be drawn
+        for name, content in (dict.fromkeys(stored, _NO_PLOT) | dict(plots)).items():
+            parts = [content[at : at + _MAX_LENGTH] for at in range(0, len(content), _MAX_LENGTH)]
+            parts += [""] * (stored.get(name, 0) - len(parts))
+            for number, part in enumerate(parts):
+                if before.get(f"{_PLOT}{name}:{number}") != part:
+                    _set(study, f"{_PLOT}{name}:{number}", part)
 
 
 def _of_trial(study: optuna.Study, trial: FrozenTrial, standing: Standing | None) -> Iterator[str]:

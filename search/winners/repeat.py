@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial
 
-from search import folders, results
+from search import folders, results, signals
 from search.errors import EXIT_USAGE, SearchError
-from search.journey import signals_to, with_weights
+from search.journey import with_weights
 from search.sampling import seed_for
 from search.settings import Settings, resolve
 from search.view.progress import View
@@ -79,7 +79,7 @@ def repeat(
     settings, _ = with_weights(dataclasses.replace(settings, folder=str(folder.absolute())))
     opening = {"type": "open", "file": str(file)}
     pool = Pool(LocalEngine(folder / "logs"), [_device(trial)], opening)
-    with signals_to(pool), pool:
+    with signals.ending(pool), pool:
         pool.wait_for_description()
         pool.prepare(dataclasses.asdict(settings))
         pool.wait_for_space()

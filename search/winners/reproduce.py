@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from search import artifacts, catalogue, folders, provenance
+from search import artifacts, catalogue, folders, provenance, signals
 from search.data import datasets, weights
 from search.errors import EXIT_DAMAGED, EXIT_USAGE, SearchError
-from search.journey import described_data, signals_to, with_weights
+from search.journey import described_data, with_weights
 from search.sampling import seed_for
 from search.settings import resolve
 from search.storage import storage
@@ -103,7 +103,7 @@ def train(path: Path, folder: Path, options: dict[str, Any], view: View) -> dict
         opening = {"type": "open", "file": str(entry.file)}
         engine = LocalEngine(folder / "logs")
         pool = Pool(engine, devices_, opening, options.get("silence"))
-        with signals_to(pool), pool:
+        with signals.ending(pool), pool:
             return _train(config, folder, options, view, pool, entry)
 
 

@@ -17,6 +17,7 @@ from search.workers import cgroup
 
 logger = logging.getLogger("search")
 
+_WORKERS = "FMNIST_SEARCH_WORKERS"  # in a worker's environment
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
@@ -26,6 +27,7 @@ class Device:
 
     threads: int
     gpu: str | None = None  # as CUDA_VISIBLE_DEVICES names it
+    workers: int = 1  # that share the machine's memory, as far as is known
 
     @property
     def label(self) -> str:
@@ -35,6 +37,7 @@ class Device:
         """What must stand in the worker's environment before Keras is imported."""
         threads = str(self.threads)
         return {
+            _WORKERS: str(self.workers),
             # An empty list hides every GPU, so that a CPU worker does not take memory on one.
             "CUDA_VISIBLE_DEVICES": self.gpu or "",
             "OMP_NUM_THREADS": threads,
@@ -94,6 +97,11 @@ def memory() -> int:
     return min(total, cgroup.memory() or total)
 
 
+def workers() -> int:
+    """How many workers share this machine's memory, this process among them."""
+    return int(os.environ.get(_WORKERS, "1"))
+
+
 def share_out(workers: str) -> list[Device]:
     """One device for each worker.
 
@@ -115,7 +123,7 @@ def share_out(workers: str) -> list[Device]:
             exit_code=EXIT_USAGE,
         )
     threads = max(1, available // count)
-    return [Device(threads, found[i % len(found)] if found else None) for i in range(count)]
+    return [Device(threads, found[i % len(found)] if found else None, count) for i in range(count)]
 
 
 def has_bfloat16() -> bool:

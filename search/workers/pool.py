@@ -11,7 +11,7 @@ import selectors
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +268,7 @@ class Pool:
         """Replace an idle slot's worker by one with so many threads (fixed when one starts)."""
         if slot.device.threads == threads:
             return
-        slot.device = Device(threads, slot.device.gpu)
+        slot.device = replace(slot.device, threads=threads)
         self._restart(slot)
 
     def wait(self, seconds: float) -> None:

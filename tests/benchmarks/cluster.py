@@ -14,9 +14,9 @@ but the most workers; what it predicts for these stands beside what they took. T
 answer are simulated: a queue with one server that has these costs, and workers that wait for their
 answers. A machine whose cores all those workers share answers later than that.
 
-The second command searches study `cnn` (random points, no known ones) with either engine at once,
-each on half of the cores, so many times, the halves exchanged between two; all counts, the start of
-a cluster, too.
+The second command trains random points of study `cnn` for an epoch each, the same ones with either
+engine, one after the other on all cores, so many times, the order exchanged between two. Compared
+are the seconds of all workers, the time between their trials included; the start stands beside.
 """
 
 from __future__ import annotations
@@ -192,28 +192,37 @@ def _milliseconds(latencies: Sequence[float]) -> str:
 def show_overhead(given: argparse.Namespace) -> None:
     from tests.benchmarks import kills, race
 
-    halves, ratios = kills.halves_of_cores(), []
-    print("| local, s | Ray, s | ratio |\n|---|---|---|")
+    cores = sorted(cores for half in kills.halves_of_cores() for cores in half)
+    ratios = []
+    print("| local: start, workers, s | Ray: start, workers, s | workers, ratio |\n|---|---|---|")
     for number in range(given.overhead):
-        with tempfile.TemporaryDirectory(prefix="fmnist-search-") as name:
-            race.without_known_points(given.study, Path(name))
-            began, seconds = time.monotonic(), {}
-            running = {
-                engine: kills.start(Path(name) / engine, cores, given, "--engine", engine)
-                for engine, cores in zip(
-                    ("local", "ray"), halves[:: 1 if number % 2 else -1], strict=True
-                )
-            }
-            while len(seconds) < len(running):
-                time.sleep(0.1)
-                for engine, process in running.items():
-                    if process.poll() is not None:
-                        seconds.setdefault(engine, time.monotonic() - began)
-            if any(process.returncode for process in running.values()):
-                raise SystemExit("a search failed")
-        ratios.append(seconds["ray"] / seconds["local"])
-        print(f"| {seconds['local']:.0f} | {seconds['ray']:.0f} | {ratios[-1]:.3f} |", flush=True)
+        took = {}
+        for engine in ("local", "ray") if number % 2 else ("ray", "local"):
+            with tempfile.TemporaryDirectory(prefix="fmnist-search-") as name:
+                file = race.without_known_points(given.study, Path(name))
+                began = time.time()
+                options = ("--engine", engine, "--pruner", "none", "--epochs", "1")
+                if kills.start(Path(name) / engine, cores, given, *options).wait():
+                    raise SystemExit("a search failed")
+                took[engine] = _of_workers(Path(name) / engine, file.stem, began)
+        ratios.append(took["ray"][1] / took["local"][1])
+        cells = ("{:.0f}, {:.0f}".format(*took[engine]) for engine in ("local", "ray"))
+        print(f"| {' | '.join(cells)} | {ratios[-1]:.3f} |", flush=True)
     print(f"median ratio {statistics.median(ratios):.3f}, n = {len(ratios)}")
+
+
+def _of_workers(folder: Path, name: str, began: float) -> tuple[float, float]:
+    """Seconds until the first trial began, and of all workers from their first trial's begin to
+    their last one's end: when the others have ended, says chance."""
+    from search.storage import storage
+
+    study = storage.read_study(storage.url_in(folder, None), name)
+    spans: dict[int, list[float]] = {}
+    for trial in study.trials:
+        for attempt in trial.user_attrs["attempts"]:
+            spans.setdefault(attempt["process"], []).extend((attempt["start"], attempt["end"]))
+    first = min(min(times) for times in spans.values())
+    return first - began, sum(max(times) - min(times) for times in spans.values())
 
 
 def main() -> None:

@@ -221,6 +221,13 @@ def test_the_winners_figures_stand_in_its_note(run_folder):
     assert study.metric_names == ["validation accuracy"]
 
 
+def test_the_winners_plots_stand_beside_the_study(run_folder):
+    study = study_of(run_folder)
+    attrs = study._storage.get_study_system_attrs(study._study_id)
+    plots = {key.split(":")[2] for key in attrs if key.startswith("dashboard:plot_data:")}
+    assert plots == {f"winner-1-{name}" for name in ("accuracy", "loss", "confusion")}
+
+
 def get(url: str) -> dict:
     for _ in range(300):
         try:
@@ -368,11 +375,15 @@ def test_more_seeds_train_only_what_is_missing(run_folder):
 @pytest.mark.slow
 def test_what_a_search_was_told_outlasts_the_retraining_of_its_winner(tmp_path):
     folder = tmp_path / "run"
-    told = ["--trials", "2", "--precision", "float32", "--sampler", "random", "--pruner", "none"]
+    told = ["--trials", "2", "--workers", "1", "--precision", "float32"]
+    told += ["--sampler", "random", "--pruner", "none"]
     finish(folder, "--study", "quickstart", "--epochs", "1", *told, "--no-retrain")
-    before = study_of(folder).user_attrs["run"]["told"]
+    run = study_of(folder).user_attrs["run"]
+    before, (made_with,) = run["told"], run["made_with"]
+    assert made_with["versions"]["keras"]
     assert before == {
         "trials": 2,
+        "workers": 1,
         "sampler": "random",
         "pruner": "none",
         "precision": "float32",

@@ -1,4 +1,5 @@
 import ast
+import importlib
 
 import keras
 import keras_tuner
@@ -8,12 +9,12 @@ from sklearn.datasets import load_digits
 from sklearn.utils import shuffle
 
 from spaces.cnn import CNN
-from studies import baselines, cnn, mlp, quickstart, resnet, vgg16
+from studies import baselines, cnn, mlp, quickstart, resnet, vgg16, vgg16_sizes
 from studies.study import Study
 
 KNOWN = [
     pytest.param(file.study, point, id=f"{file.study.name}-{number}")
-    for file in (cnn, mlp, quickstart, resnet, vgg16)
+    for file in (cnn, mlp, quickstart, resnet, vgg16, vgg16_sizes)
     for number, point in enumerate(file.study.known_points)
 ]
 
@@ -35,6 +36,7 @@ KNOWN = [
         ({"first_rung": 0}, r"first_rung is a whole number of at least 1. Received: 0"),
         ({"reduction_factor": 1}, r"reduction_factor is at least 2. Received: 1"),
         ({"max_flops": 0.5}, r"max_flops is a whole number of at least 1. Received: 0.5"),
+        ({"max_memory": 0}, r"max_memory is a whole number of at least 1. Received: 0"),
         ({"compare": True}, r"compares has a space and known_points. .*known_points=\(\)"),
         ({"published": ({},)}, r"an entry for each of the known_points. Received: 1 for 0"),
         (
@@ -65,7 +67,7 @@ def test_what_the_rules_allow(fields):
     assert getattr(study, *fields) == next(iter(fields.values()))
 
 
-@pytest.mark.parametrize("file", [baselines, cnn, mlp, quickstart, resnet, vgg16])
+@pytest.mark.parametrize("file", [baselines, cnn, mlp, quickstart, resnet, vgg16, vgg16_sizes])
 def test_a_study_file_says_what_it_asks(file):
     with open(file.__file__) as source:
         docstring = ast.get_docstring(ast.parse(source.read()))
@@ -74,7 +76,7 @@ def test_a_study_file_says_what_it_asks(file):
     assert file.__name__ == f"studies.{file.study.name}"
 
 
-@pytest.mark.parametrize("file", [cnn, mlp, quickstart, resnet, vgg16])
+@pytest.mark.parametrize("file", [cnn, mlp, quickstart, resnet, vgg16, vgg16_sizes])
 def test_reports_end_with_a_whole_batch(file):
     assert all(file.study.images_per_report % size == 0 for size in file.study.space.batch_sizes)
 
@@ -93,6 +95,16 @@ def test_known_points_lie_in_their_space(study, known):
             assert value in parameter.values
         if hasattr(parameter, "min_value"):
             assert parameter.min_value <= value <= parameter.max_value
+
+
+@pytest.mark.parametrize("gpus", [[], ["gpu:0"]])
+def test_the_sizes_of_vgg16_are_the_same_with_and_without_a_gpu(gpus, monkeypatch):
+    """A study that began on one machine goes on, and its winners are trained, on another."""
+    monkeypatch.setattr(keras.distribution, "list_devices", lambda kind=None: gpus)
+    importlib.reload(vgg16)
+    importlib.reload(vgg16_sizes)
+    assert vgg16.study.space.input_sizes == (32,)
+    assert vgg16_sizes.study.space.input_sizes == (32, 48, 64)
 
 
 @pytest.mark.slow

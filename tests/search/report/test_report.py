@@ -31,6 +31,7 @@ from search.report import (
     timeline,
     training_figures,
     winner_figures,
+    winner_section,
 )
 from tests import made_up_run
 from tests.command import ROOT
@@ -237,13 +238,16 @@ def test_attempts_that_died_are_shown_in_their_workers_lane():
         trial_of(attempts=[attempt(0, 10, "killed", attempt=1), attempt(10, 30, attempt=2)]),
         trial_of(TrialState.PRUNED, attempts=[attempt(0, 20, "diverged")]),
         trial_of(TrialState.PRUNED, attempts=[attempt(21, 31, "coordinator ended")]),
-        trial_of(attempts=[{"start": 31, "seen": 36, "host": "vm", "device": "1 cpu"}]),
+        trial_of(
+            TrialState.RUNNING,
+            attempts=[{"start": 31, "seen": 36, "host": "vm", "device": "1 cpu"}],
+        ),
     ]
     for number, trial in enumerate(trials):
         trial.number = number
     made = timeline.attempts(trials)
     assert [(a.lane[-2], a.end) for a in made] == [
-        ("1", "died"), ("2", "failed"), ("1", "complete"), ("2", "died"), ("1", "running")
+        ("1", "died"), ("2", "failed"), ("1", "complete"), ("2", "interrupted"), ("1", "running")
     ]  # fmt: skip
     assert [round(a.hours * 3600) for a in made] == [10, 20, 20, 10, 5]
     figure = timeline.timeline_figure(made)
@@ -253,19 +257,50 @@ def test_attempts_that_died_are_shown_in_their_workers_lane():
 
 
 @pytest.mark.parametrize(
+    ("state", "reasons", "ends"),
+    [
+        (TrialState.COMPLETE, ("out_of_memory", "complete"), ["died", "complete"]),
+        (TrialState.PRUNED, ("out_of_memory", "out_of_memory"), ["died", "failed"]),
+        (TrialState.RUNNING, ("out_of_memory",), ["died"]),  # to run again, alone
+        (TrialState.PRUNED, ("diverged",), ["failed"]),
+        (TrialState.FAIL, ("killed", "timeout"), ["died", "died"]),
+        (TrialState.COMPLETE, ("coordinator ended", "complete"), ["interrupted", "complete"]),
+    ],
+)
+def test_an_attempt_after_which_its_trial_ran_again_has_died(state, reasons, ends):
+    attempts = [attempt(10 * at, 10 * at + 9, reason) for at, reason in enumerate(reasons)]
+    made = timeline.attempts([trial_of(state, attempts=attempts)])
+    assert [one.end for one in made] == ends
+
+
+@pytest.mark.parametrize(
     ("value", "range_", "is_edge"),
     [
         (32, IntDistribution(8, 32, step=8), True),
         (24, IntDistribution(8, 32, step=8), False),
         (8, IntDistribution(8, 32, step=8), True),
-        (3, IntDistribution(1, 3), False),  # of three steps two are edges
+        (32, IntDistribution(16, 32, step=8), True),  # of three, as study cnn's filters
+        (24, IntDistribution(16, 32, step=8), False),
+        (32, IntDistribution(16, 32, step=16), False),  # of two, which are edges both
+        (1, IntDistribution(1, 4), False),  # what is counted can't go below
+        (4, IntDistribution(1, 4), True),
         (0, IntDistribution(0, 512, step=32), False),  # it can't go below
         (1.05e-4, FloatDistribution(1e-4, 1e-1, log=True), True),
         (1e-3, FloatDistribution(1e-4, 1e-1, log=True), False),
         (0.199, FloatDistribution(0.0, 0.2), True),
         (0.0, FloatDistribution(0.0, 0.2), False),
         (0.3, FloatDistribution(0.3, 0.3), False),
+        (1.0, FloatDistribution(0.0, 1.0), False),  # a share
+        (1.0, FloatDistribution(1e-3, 1.0, log=True), True),
         ("a", CategoricalDistribution(("a", "b")), False),
+        ("b", CategoricalDistribution(("a", "b", "c")), False),
+        (2.0, CategoricalDistribution((1.0, 1.5, 2.0)), True),
+        (1.5, CategoricalDistribution((1.0, 1.5, 2.0)), False),
+        (64, CategoricalDistribution((256, 64, 128)), True),
+        (128, CategoricalDistribution((64, 128)), False),
+        (0, CategoricalDistribution((0, 1, 2)), False),
+        (1, CategoricalDistribution((1, 2, "many")), False),
+        (True, CategoricalDistribution((False, True)), False),
     ],
 )
 def test_a_value_at_the_edge_of_its_range_is_noticed(value, range_, is_edge):
@@ -278,7 +313,20 @@ def test_the_page_warns_of_an_edge(tmp_path):
     study.set_user_attr("run", made_up_run.run_attribute())
     study.add_trial(trial_of(value=0.9, filters=(32, IntDistribution(8, 32, step=8))))
     study.add_trial(trial_of(value=0.8, filters=(16, IntDistribution(8, 32, step=8))))
-    assert "filters is 32 in 8 to 32" in report.html(source.read(study, tmp_path))
+    shown = report.html(source.read(study, tmp_path))
+    assert "filters is 32, the largest of 8 to 32" in shown
+
+
+def test_an_edge_is_named_with_what_there_was_to_choose_from():
+    edges = space.at_edges(
+        trial_of(
+            batch_size=(64, CategoricalDistribution((64, 128, 256))),
+            rate=(0.199, FloatDistribution(0.0, 0.2)),
+        )
+    )
+    assert [(edge.where, edge.of) for edge in edges] == [
+        ("the smallest of", "64, 128, 256"), ("near the largest of", "0 to 0.2")
+    ]  # fmt: skip
 
 
 def test_importances_need_enough_complete_trials(run):
@@ -441,8 +489,8 @@ def test_class_distribution_is_that_of_both_parts(run):
 
 def test_the_command_to_do_it_again(run):
     assert origin.command(run) == (
-        "fmnist-search --study made-up --epochs 5 --seed 0 --trials 100 --precision bfloat16 "
-        "--sampler tpe --pruner asha --top 2 --seeds 2"
+        "fmnist-search --study made-up --epochs 5 --seed 0 --trials 100 --workers 2 "
+        "--precision bfloat16 --sampler tpe --pruner asha --top 2 --seeds 2"
     )
 
 
@@ -468,7 +516,7 @@ def test_the_command_says_what_the_search_was_told_before_anything_is_measured(t
     )
     assert origin.command(run) == (
         "fmnist-search --study '/home/me/my studies/mine.py' --epochs 5 --seed 0 --trials 20 "
-        "--precision float32 --sampler random --pruner none"
+        "--workers 2 --precision float32 --sampler random --pruner none"
     )
 
 
@@ -530,6 +578,37 @@ def test_the_command_for_a_run_of_an_earlier_version_is_made_of_what_is_stored(t
         )
 
 
+@pytest.mark.parametrize("kind", ["space", "objective"])
+def test_versions_commit_and_hardware_are_there_before_anything_is_measured(tmp_path, kind):
+    study = made_up_run.study_of(3, kind=kind)
+    shown = "".join(origin.again_parts(source.read(study, tmp_path)))
+    for words in ("Made with", "3.15.1", "0" * 40, "AMD EPYC", "seed of the study"):
+        assert words in shown
+    assert ("ab" * 32 in shown) == (kind == "space")  # the data set
+
+
+def test_a_run_that_went_on_elsewhere_says_what_differs(tmp_path):
+    first = made_up_run.MADE_WITH
+    second = first | {"commit": "1" * 40}
+    run = begun(tmp_path, measured=True, made_with=[first, second])
+    assert [name for name, _ in origin.origins(run)] == [
+        "Made with", "Gone on with", "The winners were measured with"
+    ]  # fmt: skip
+    shown = "".join(origin.again_parts(run))
+    assert shown.count("AMD EPYC") == 1 + 1  # and in the winner's config
+    assert shown.index("0" * 40) < shown.index("1" * 40)
+    same = begun(tmp_path, measured=True)
+    assert [name for name, _ in origin.origins(same)] == ["Made with"]
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_run_of_an_earlier_version_shows_what_was_kept_of_its_making(tmp_path, measured):
+    run = begun(tmp_path, measured=measured, without=("made_with", "told"))
+    shown = "".join(origin.again_parts(run))
+    assert ("AMD EPYC" in shown) == measured
+    assert ("An earlier version began this run" in shown) != measured
+
+
 def test_a_search_that_still_runs(tmp_path):
     study = made_up_run.study_of(30)
     study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={
@@ -567,7 +646,8 @@ def test_a_comparison_has_no_search_but_all_points(tmp_path):
     assert "from random weights, where the published model" in content
     assert "<td>0.9000</td>" in content  # published beside ours
     assert origin.command(source.read(study, tmp_path)) == (
-        "fmnist-search --study made-up --epochs 5 --seed 0 --precision bfloat16 --seeds 2"
+        "fmnist-search --study made-up --epochs 5 --seed 0 --workers 2 --precision bfloat16 "
+        "--seeds 2"
     )
 
 
@@ -611,6 +691,39 @@ def test_a_run_without_pictures_says_so(small, tmp_path):
     for path in (tmp_path / "run").rglob("*-pictures.npz"):
         path.unlink()
     assert "No images, filters or activations" in report.html(source.read(study, tmp_path / "run"))
+
+
+def test_each_winner_shows_its_images_and_filters_all_but_the_first_folded(page):
+    headings = Page(page).headings
+    for heading in ("Misclassified images", "First-layer filters", "First-layer activation maps"):
+        assert headings.count(heading) == 2
+    folded = page.partition("<details><summary>made-up, trial")[2]
+    assert "Misclassified images" in folded.partition("</details>")[0]
+
+
+def test_of_very_many_winners_only_the_first_show_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(winner_section, "_MOST_WITH_IMAGES", 1)
+    study = made_up_run.study_of(20)
+    made_up_run.write_metrics(study, tmp_path, top=2, seeds=1)
+    shown = "".join(winner_section.parts(source.read(study, tmp_path)))
+    assert shown.count("Confusion matrix</h3>") == 2
+    assert shown.count("Misclassified images</h3>") == 1
+
+
+def test_a_report_knows_what_it_shows(tmp_path):
+    study = made_up_run.study_of(3)
+    path = tmp_path / "report.html"
+    assert source.mark_of(path) is None
+    report.write(study, tmp_path, path, "Which?")
+    assert source.mark_of(path) == source.read(study, tmp_path, "Which?").mark
+    seen = {source.mark_of(path), source.read(study, tmp_path, "Another?").mark}
+    study.add_trial(trial_of(TrialState.RUNNING))
+    seen.add(source.read(study, tmp_path, "Which?").mark)
+    made_up_run.write_metrics(study, tmp_path)
+    seen.add(source.read(study, tmp_path, "Which?").mark)
+    assert len(seen) == 4
+    path.write_text("<!doctype html>")  # an earlier version's
+    assert source.mark_of(path) is None
 
 
 def test_a_changed_file_is_not_shown(small, tmp_path):

@@ -7,16 +7,41 @@ import re
 import subprocess
 import sys
 
+import plotly.graph_objects as go
 import pytest
 
-from search.report import report
+from search.report import page as html
+from search.report import report, space
 from tests import made_up_run
-from tests.browser import browse, in_a_browser
+from tests.browser import asked_elsewhere, browse, complaints, evaluate, in_a_browser
 from tests.command import ROOT
 
-
-def complaints(log):
-    return [line for line in log.splitlines() if "CONSOLE" in line]
+OF_A_WINNER = {
+    *("Accuracy while it trained", "Loss while it trained", "Training less validation accuracy"),
+    *("Confusion matrix", "ROC curves", "Calibration"),
+}
+FIGURES = {
+    "answer": {"Test accuracy beside others"},
+    "search": {
+        *("Best so far, by trials", "Best so far, by time", "Learning curves"),
+        *("What the workers did", "Importances", "The two most important together"),
+        "Parallel coordinates",
+    },
+    "winners": OF_A_WINNER,
+    "data": {"Class distribution"},
+    "again": set(),
+}
+# Of each figure: its section, its title, and for each trace whether it holds values.
+DRAWN = """charts.map(({ div }) => {
+  const filled = (values) => Array.from(values ?? []).flatMap(
+    (value) => Array.isArray(value) || ArrayBuffer.isView(value) ? Array.from(value) : [value]
+  ).some((value) => value !== null && value !== "");
+  const traces = div._fullData.map((trace) => trace.dimensions
+    ? trace.dimensions.every((one) => filled(one.values))
+    : (trace.z ? [trace.z] : trace.values ? [trace.values] : [trace.x, trace.y]).every(filled));
+  const section = div.closest("section").id;
+  return { section, title: div.getAttribute("aria-label"), traces };
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +64,63 @@ def test_every_figure_is_drawn_and_nothing_leaves_the_machine(page, tmp_path):
     charts = re.split(r'<div class="chart', dom)[1:]
     assert all('class="main-svg"' in chart for chart in charts)
     assert complaints(errors) == []
-    asked = set(re.findall(r'"url":"(https?://[^"]+)"', log.read_text()))
-    # The browser's own errands: it is told to keep still, and does not wholly.
-    assert not [url for url in asked if not re.search(r"google|gvt1|chrom", url)], asked
+    assert asked_elsewhere(log) == set()
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_each_figure_of_each_section_holds_data(page, tmp_path):
+    drawn = evaluate(page, DRAWN, tmp_path)
+    empty = [one for one in drawn if not (one["traces"] and all(one["traces"]))]
+    assert empty == []
+    titles = {section: [] for section in FIGURES}
+    for one in drawn:
+        titles[one["section"]].append(one["title"])
+    slices = set(titles["search"]) - FIGURES["search"]
+    assert len(slices) == space.MOST_PARAMS
+    conditional = {name for of in made_up_run.CONDITIONAL.values() for name in of}
+    assert slices <= made_up_run.SPACE.keys() | conditional
+    titles["search"] = [title for title in titles["search"] if title not in slices]
+    num_winners = 2
+    for section, expected in FIGURES.items():
+        times = num_winners if section == "winners" else 1
+        assert sorted(titles[section]) == sorted([*expected] * times)
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_a_figure_without_data_would_be_noticed(tmp_path):
+    figures = [
+        go.Figure(), go.Figure(go.Scatter(x=[], y=[])), go.Figure(go.Heatmap(z=[[]])),
+        go.Figure(go.Bar(x=[None], y=[1])), go.Figure(go.Scatter(x=[1], y=[2])),
+    ]  # fmt: skip
+    parts = [html.plot(str(number), figure) for number, figure in enumerate(figures)]
+    path = tmp_path / "page.html"
+    path.write_text(html.document("empty", "", [("answer", "Empty", parts)], ""))
+    drawn = evaluate(path, DRAWN, tmp_path)
+    assert [bool(one["traces"]) and all(one["traces"]) for one in drawn] == [
+        *[False] * 4, True
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_nothing_is_wider_than_a_phone(page, tmp_path):
+    widths = "[innerWidth, document.documentElement.scrollWidth, document.body.scrollWidth]"
+    assert max(evaluate(page, widths, tmp_path, width=390)) <= 390
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_it_prints_on_several_pages_with_all_that_is_folded(page, tmp_path):
+    path = tmp_path / "report.pdf"
+    _, errors = browse(page.as_uri(), tmp_path, f"--print-to-pdf={path}", "--no-pdf-header-footer")
+    assert complaints(errors) == []
+    content = path.read_bytes()
+    assert content.startswith(b"%PDF-")
+    num_pages = len(re.findall(rb"/Type\s*/Page\b", content))
+    assert 10 < num_pages < 60
+    assert len(content) > 200_000
 
 
 @pytest.mark.slow

@@ -296,7 +296,7 @@ def test_counting_takes_a_few_milliseconds():
     model = of_space(ResNet, {"num_stages": 4, "blocks_per_stage": 3})
     seconds = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.process_time()
         complexity.flops(model)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
     assert min(seconds) < 0.05

@@ -197,6 +197,56 @@ def test_another_rest_on_stored_activations_is_asked_again(tmp_path):
     assert entries(tmp_path) == ["float16", "float32"]
 
 
+def test_float32_once_a_trained_rest_needs_it(tmp_path):
+    x, store = images(600), FeatureStore(tmp_path, LARGE)
+
+    def opened(parts):
+        return store.open(parts, x, data="d")
+
+    parts = built()
+    with opened(parts) as kept:
+        assert store.holds(parts, x, kept, data="d")
+        parts.rest.set_weights([1e4 * weights for weights in parts.rest.get_weights()])
+        assert not store.holds(parts, x, kept, data="d")
+    parts = built()
+    with opened(parts) as kept:  # though this one, untrained, would not need it
+        assert kept.dtype == np.float32
+        np.testing.assert_array_equal(kept, exact(parts, x))
+        assert store.holds(parts, x, kept, data="d")
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_where_float32_has_no_room(tmp_path, is_kept):
+    """Float16 stays for trials; a model that is to be kept is then trained on images."""
+    x, parts = images(600), built()
+    store = FeatureStore(tmp_path, 600 * 32 * (2 + 4) + 10_000)
+    with store.open(parts, x, data="d") as kept:
+        parts.rest.set_weights([1e4 * weights for weights in parts.rest.get_weights()])
+        inputs = parts.prefix.inputs[0]
+        whole = keras.Model(inputs, parts.rest(parts.prefix.outputs[0])) if is_kept else None
+        assert not store.holds(parts, x, kept, data="d", whole=whole)
+    if not is_kept:
+        with store.open(built(), x, data="d") as kept:
+            assert kept.dtype == np.float16
+        return
+    with pytest.raises(SearchError, match=r"in float32\..*Fix: --cache-size"):
+        stored(tmp_path, built(), x, max_bytes=600 * 32 * (2 + 4) + 10_000)
+
+
+def test_float32_takes_the_place_of_float16(tmp_path):
+    x, parts = images(600), built()
+    use(tmp_path, 1)
+    other = entry(tmp_path)  # not used for longer
+    store = FeatureStore(tmp_path, LARGE)
+    with store.open(parts, x, data="d") as kept:
+        parts.rest.set_weights([1e4 * weights for weights in parts.rest.get_weights()])
+        store.holds(parts, x, kept, data="d")
+    used = sum(file.stat().st_size for file in tmp_path.glob("*-float16/*"))
+    stored(tmp_path, built(), x, max_bytes=used + 600 * 32 * 4 + 5_000)
+    assert entries(tmp_path) == ["float16", "float32"]
+    assert other.exists()
+
+
 SAMPLE = np.linspace(0, NUM_IMAGES - 1, 2_000).astype(int)
 
 
@@ -435,6 +485,20 @@ def test_less_than_is_free(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(SearchError, match=r"has 0\.10 MB free\. Fix: free that much"):
         stored(tmp_path, cut())
+
+
+def test_what_others_have_not_written_yet_is_not_free(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")(int(1.5 * NUM_BYTES))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+    def another(done, of):
+        if done == 0:
+            stored(tmp_path, cut(seed=1))
+
+    with pytest.raises(SearchError, match=r"has 0\.2\d MB free"):
+        stored(tmp_path, cut(), tell=another)
+    usage = namedtuple("usage", "free")(3 * NUM_BYTES)
+    assert stored(tmp_path, cut(), tell=another)[0].dtype == np.float16
 
 
 def test_a_full_disk(tmp_path, monkeypatch):

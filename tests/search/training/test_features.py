@@ -431,6 +431,17 @@ def test_float16_where_the_logits_stay(activation, units, scale, fits):
     assert features.fits_float16(head(scale, activation, units), activations()) is fits
 
 
+def test_float16_for_logits_that_will_lie_further_apart():
+    """A head that is hardly trained answers nearly the same to all images, and to all errors."""
+    x = 2 + activations()
+    model = head(1e-3)
+    kernel, bias = model.get_weights()
+    model.set_weights([kernel - kernel.mean(axis=0), bias])  # blind to what all images share
+    exact, rounded = (features.predicted(model, a) for a in (x, x.astype(np.float16)))
+    assert features.difference(exact, rounded).is_small
+    assert not features.fits_float16(model, x)
+
+
 def test_float16_where_the_classes_stay():
     """Two classes that differ by less than the last digit: the logits hardly move."""
     model = head()

@@ -8,8 +8,11 @@ import pytest
 from search import artifacts
 from search.data import datasets
 from search.settings import Settings
-from search.training import backend, training
+from search.training import backend, features, training
 from search.training.keras_tasks import KerasTasks
+from search.training.training_data import TrainingData
+from search.workers import devices
+from search.workers.devices import Device
 from studies.study import Study
 
 # 6 600 training images: 5 500 to learn from, 1 100 to validate on, of which 275 at every report.
@@ -159,6 +162,27 @@ class Frozen(Small):
         return model
 
 
+class Coarse(Small):
+    """Its frozen activations differ by little from 100, of which an untrained head sees nothing."""
+
+    def build(self, hp):
+        frozen = keras.layers.Conv2D(
+            6,
+            3,
+            bias_initializer=keras.initializers.Constant(100),
+            kernel_initializer=keras.initializers.GlorotUniform(3),
+            trainable=False,
+        )
+        layers = [keras.Input(self.input_shape), keras.layers.Rescaling(1 / 255), frozen]
+        layers += [keras.layers.Flatten(), keras.layers.BatchNormalization(momentum=0.5)]
+        head = keras.layers.Dense(self.num_classes, "softmax", kernel_initializer="zeros")
+        model = keras.Sequential([*layers, head])
+        loss = keras.losses.SparseCategoricalCrossentropy()
+        model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
+        Small.model = model
+        return model
+
+
 def tasks(
     space=Small, dataset="digits", precision="float32", folder="", cache_size=None, **changed
 ):
@@ -193,7 +217,8 @@ def test_a_trial_is_worth_its_best_weights_on_all_validation_images(made_up_data
     assert outcome["outcome"] == "complete"
     assert outcome["value"] == pytest.approx(accuracy(model, split.x_val, split.y_val))
     assert outcome["value"] != best  # the two parts can be told apart
-    assert trial.user_attrs == {"parameters": model.count_params(), "flops": 35}
+    costs = {"parameters": model.count_params(), "flops": 35, "memory": 1_440, "cached": 0}
+    assert trial.user_attrs == costs
 
 
 def test_a_trial_on_digits_is_the_same_each_time():
@@ -390,7 +415,7 @@ def test_a_checkpoint_is_of_one_data_set(tmp_path):
     hp = keras_tuner.HyperParameters()
     plan = training.Plan(60_000, 12_800, 4, 50, 9)
     identities = {
-        tasks(dataset=name)._checkpoints(message, hp, plan)._identity
+        tasks(dataset=name)._checkpoints(message, hp, plan, np.zeros(1, np.uint8))._identity
         for name in ("mnist", "fashion_mnist")
     }
     assert len(identities) == 2
@@ -398,19 +423,19 @@ def test_a_checkpoint_is_of_one_data_set(tmp_path):
 
 def test_a_frozen_part_is_computed_once_and_changes_nothing(tmp_path):
     outcomes = []
-    for cache_size in (0, 10**9, 10**9):
+    for cache_size in (0, 10**9, 10**9, 10**9):
         trial = Trial()
         made = tasks(Frozen, folder=tmp_path, cache_size=cache_size, epochs=3)
         outcomes.append((made.trial(trial, MESSAGE)["value"], trial.reports, trial.notes))
         if not cache_size:
             assert not (tmp_path / "features").exists()
-    uncached, first, second = outcomes
+    uncached, first, second, third = outcomes  # the second may be in need of float32
     assert first[0] == pytest.approx(uncached[0], abs=0.02)
     assert first[1] == pytest.approx(uncached[1], abs=0.02)
-    assert (uncached[2], second[:2]) == ([], first[:2])
+    assert (uncached[2], third[:2]) == ([], second[:2])
     assert first[2][0] == "features 0%"
     assert first[2][-1] == "features 100%"
-    assert second[2] == []  # they lay on disk
+    assert third[2] == []  # they lay on disk
     assert uncached[0] > 0.8
 
 
@@ -426,9 +451,79 @@ def test_a_model_with_a_frozen_part_is_saved_whole(tmp_path):
 
 
 def test_without_room_for_activations_a_trial_reads_images(tmp_path, caplog):
+    """Each trial says so and the log does once."""
     made = tasks(Frozen, folder=tmp_path, cache_size=1_000)
-    assert made.trial(Trial(), MESSAGE)["outcome"] == "complete"
-    assert "Fix: --cache-size" in caplog.text
+    for _ in range(2):
+        trial = Trial()
+        assert made.trial(trial, MESSAGE)["outcome"] == "complete"
+        assert trial.notes == ["on images: no room for activations"]
+        assert trial.user_attrs["trained_on"].startswith("images, for want of room: The activ")
+        assert trial.user_attrs["cached"] == 0
+    assert caplog.text.count("Fix: --cache-size") == 1
+
+
+def test_a_trial_says_what_it_keeps_on_disk(tmp_path):
+    trial = Trial()
+    tasks(Frozen, folder=tmp_path, epochs=0.4).trial(trial, MESSAGE)
+    (kept,) = (tmp_path / "features").glob("*/features.npy")
+    array = np.load(kept, mmap_mode="r")
+    assert trial.user_attrs["cached"] == array.nbytes == len(array) * 6**3 * array.itemsize
+    assert trial.user_attrs["trained_on"].startswith(f"activations in {array.dtype}")
+
+
+def answers(folder):
+    """The saved model, and it over the activations that are on disk, as they are or rounded: what
+    each says of all training images."""
+    model = keras.models.load_model(folder / "winner.keras")
+    x, _ = datasets.load_train("digits")
+    parts = features.cut(model, x)
+    data = TrainingData("digits", folder / "features", 10**9)
+    with data.feeding(model, lambda note: None) as feed:
+        for kept in (feed.inputs, feed.inputs.astype(np.float16).astype(np.float32)):
+            said = parts.rest.predict(np.array(kept), verbose=0)
+            yield model.predict(x, verbose=0), said
+
+
+def assert_same_answers(exact, kept):
+    assert np.abs(np.log(exact) - np.log(kept)).max() < 1e-2
+    assert np.mean(exact.argmax(1) == kept.argmax(1)) >= 0.999
+
+
+def test_a_saved_model_answers_as_its_stored_activations_say(tmp_path):
+    made = tasks(Frozen, folder=tmp_path)
+    outcome = made.retrain(lambda **_: None, winner(tmp_path, {}, epochs=3, share=1.0))
+    (exact, kept), _ = answers(tmp_path)
+    assert_same_answers(exact, kept)
+    assert outcome["trained_on"].startswith("activations in float")
+
+
+def test_a_winner_for_which_float16_is_too_coarse_is_trained_again(tmp_path, caplog):
+    told = []
+    message = winner(tmp_path, {}, epochs=3, share=1.0, checkpoint=str(tmp_path / "c.npz"))
+    outcome = tasks(Coarse, folder=tmp_path).retrain(lambda **said: told.append(said), message)
+    assert outcome["trained_on"] == "activations in float32"
+    assert "too coarse in float16 for a trained model: logits differ by" in caplog.text
+    notes = [said["note"] for said in told if "note" in said]
+    assert notes.count("features 0%") == 2
+    steps = [said["step"] for said in told if "step" in said]
+    assert steps == 2 * list(range(1, len(outcome["history"]["loss"]) + 1))
+    (exact, kept), (_, rounded) = answers(tmp_path)
+    assert_same_answers(exact, kept)
+    assert accuracy(Small.model, *datasets.load_train("digits")) > 0.9
+    with pytest.raises(AssertionError):
+        assert_same_answers(exact, rounded)
+
+
+def test_a_trial_for_which_float16_is_too_coarse_is_measured_on_images(tmp_path):
+    made, split = tasks(Coarse, folder=tmp_path, epochs=3), datasets.load_split("digits")
+    said = []
+    for _ in range(2):
+        trial = Trial()
+        value = made.trial(trial, MESSAGE)["value"]
+        assert value == pytest.approx(accuracy(Small.model, split.x_val, split.y_val))
+        said.append(trial.user_attrs["trained_on"])
+    coarse = "activations in float16, too coarse for what it became: its value is from images"
+    assert said == [coarse, "activations in float32"]
 
 
 @pytest.mark.fault("N4")
@@ -437,6 +532,7 @@ def test_without_room_for_activations_a_trial_reads_images(tmp_path, caplog):
     [
         ({"max_parameters": 12}, "650 parameters, above max_parameters=12"),
         ({"max_flops": 99}, "1,418 flops, above max_flops=99"),
+        ({"max_memory": 9_999}, "14,400 bytes of memory, above max_memory=9,999"),
     ],
 )
 def test_a_point_above_a_limit_costs_nothing(limits, reason):
@@ -448,7 +544,8 @@ def test_a_point_above_a_limit_costs_nothing(limits, reason):
 
 
 def test_limits_that_a_point_keeps_are_no_matter():
-    assert tasks(max_parameters=650, max_flops=1_418).trial(Trial(), MESSAGE)["value"] > 0
+    limits = {"max_parameters": 650, "max_flops": 1_418, "max_memory": 14_400}
+    assert tasks(**limits).trial(Trial(), MESSAGE)["value"] > 0
 
 
 @pytest.mark.fault("N4")
@@ -461,6 +558,19 @@ def test_a_step_that_does_not_fit_into_memory_is_not_tried():
     outcome = tasks(Wide).trial(Trial(), MESSAGE)
     assert outcome["outcome"] == "invalid"
     assert outcome["reason"].startswith("a step of 1000000000 images needs about ")
+
+
+@pytest.mark.fault("N4")
+def test_workers_share_the_memory(monkeypatch):
+    """What fits beside one other does not fit beside three."""
+    monkeypatch.setattr(devices, "memory", lambda: 2 * 14_400)
+    for workers, outcome in ((2, "complete"), (4, "invalid")):
+        for name, value in Device(1, workers=workers).environment().items():
+            if "WORKERS" in name:
+                monkeypatch.setenv(name, value)
+        got = tasks().trial(Trial(), MESSAGE)
+        assert got["outcome"] == outcome
+    assert got["reason"].endswith("above this machine's 0.0 GB among 4 workers")
 
 
 class Shrinking(Small):

@@ -19,9 +19,11 @@ import optuna
 import pytest
 
 from search.errors import SearchError
+from search.report import dashboard_plots, source
 from search.storage import storage
 from search.view import dashboard, notes
-from tests.browser import browse, in_a_browser
+from tests import made_up_run
+from tests.browser import asked_elsewhere, browse, complaints, in_a_browser
 from tests.command import ROOT
 
 PARAMS = {
@@ -66,6 +68,9 @@ def folder(tmp_path_factory):
             )
         )
     notes.save_missing(study)
+    made_up = made_up_run.study_of(12)
+    made_up_run.write_metrics(made_up, folder, seeds=1)
+    notes.save_plots(study, dashboard_plots.of(source.read(made_up, folder)))
     study._storage._backend.engine.dispose()
     return folder
 
@@ -237,3 +242,22 @@ def test_a_browser_lists_the_trials(served, tmp_path):
     assert "quickstart" in shown
     assert all(f"Trial {number}" in shown for number in range(6))
     assert "10,00" in shown  # the note of the first one shown
+
+
+@pytest.mark.slow
+@in_a_browser
+def test_a_browser_draws_the_winners_figures_and_asks_nobody_else(served, tmp_path):
+    log, page = tmp_path / "net.json", f"{served}/dashboard/studies/1"
+    shown, said = browse(page, tmp_path, "--dump-dom", f"--log-net-log={log}")
+    for name in ("accuracy", "loss", "confusion"):
+        plot = shown.partition(f'id="user-defined-plot:winner-1-{name}"')[2]
+        assert "main-svg" in plot.partition("user-defined-plot:")[0]
+    assert "accuracy while it trained" in shown
+    assert complaints(said) == []
+    assert asked_elsewhere(log) == set()
+    shot = tmp_path / "dashboard.png"
+    browse(page, tmp_path, f"--screenshot={shot}", "--window-size=1200,2400")
+    from PIL import Image
+
+    with Image.open(shot) as image:
+        assert len(image.convert("L").getcolors()) > 50

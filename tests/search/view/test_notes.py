@@ -9,10 +9,13 @@ import optuna
 import optuna_dashboard
 import pytest
 from optuna.trial import TrialState
+from optuna_dashboard import _custom_plot_data as plot_data
 
 from search.pruning import Standing, SuccessiveHalvingOfReports
+from search.report import dashboard_plots, source
 from search.storage import storage
 from search.view import notes
+from tests import made_up_run
 
 FIGURES = {
     "dataset": {"class_names": ["cat", "dog|wolf"]},
@@ -201,3 +204,60 @@ def test_the_standing_is_what_the_pruner_decided_by(study):
     assert pruner.standing(study, last) == Standing(2, 2, 1)
     assert pruner.prune(study, last)
     assert pruner.standing(study, add(study, reports=(0.5, 0.5, 0.5))) is None
+
+
+def drawn(study):
+    """The plots that the dashboard's pages get, by name."""
+    plots = {one["id"]: one["graph_object"] for one in shown(study)["plotly_graph_objects"]}
+    assert plots == plot_data.get_plotly_graph_objects(notes._attrs(study))
+    return plots
+
+
+def test_the_dashboard_draws_the_winners_figures(study, tmp_path):
+    made_up = made_up_run.study_of(20)
+    made_up_run.write_metrics(made_up, tmp_path, top=2, seeds=1)
+    plots = dashboard_plots.of(source.read(made_up, tmp_path))
+    names = [
+        f"winner-{rank}-{name}" for rank in (1, 2) for name in ("accuracy", "loss", "confusion")
+    ]
+    assert list(plots) == names
+    assert all(map(plot_data.is_valid_graph_object_id, names))
+    assert max(map(len, plots.values())) < 12_000
+    add(study, 0.9)
+    notes.save_plots(study, plots)
+    assert drawn(study) == plots
+    best = source.read(made_up, tmp_path).complete[0]
+    curve, matrix = (json.loads(plots[f"winner-1-{name}"]) for name in ("accuracy", "confusion"))
+    assert curve["layout"]["title"]["text"].startswith(f"Winner 1, trial {best.number}: accuracy")
+    assert [trace["name"] for trace in curve["data"]] == ["training", "validation"]
+    reported = [round(value, 5) for value in best.intermediate_values.values()]
+    assert curve["data"][1]["y"] == pytest.approx(reported)
+    assert len(matrix["data"][0]["z"]) == len(made_up_run.CLASSES)
+    assert "template" not in matrix["layout"]
+
+
+def test_of_very_many_classes_no_matrix_is_drawn(tmp_path):
+    for num_classes, is_drawn in ((30, True), (101, False)):
+        classes = [f"class {number}" for number in range(num_classes)]
+        made_up = made_up_run.study_of(20, classes=classes)
+        made_up_run.write_metrics(made_up, tmp_path, classes=classes, seeds=1)
+        plots = dashboard_plots.of(source.read(made_up, tmp_path))
+        assert ("winner-1-confusion" in plots) == is_drawn
+        assert max(map(len, plots.values())) < 12_000
+
+
+def test_a_plot_is_written_when_it_has_changed_and_only_then(study, monkeypatch):
+    plots = {"winner-1": json.dumps({"data": ["x" * 5000]}), "winner-2": '{"data": []}'}
+    notes.save_plots(study, plots)
+    written = []
+    save = notes._set
+    monkeypatch.setattr(notes, "_set", lambda *a: (written.append(a[1]), save(*a)))
+    notes.save_plots(study, plots)
+    assert written == []
+    shorter = {"winner-1": '{"data": [1]}'}  # and there is one winner only
+    notes.save_plots(study, shorter)
+    assert drawn(study) == shorter | {"winner-2": notes._NO_PLOT}
+    assert json.loads(notes._NO_PLOT)["data"] == []
+    written.clear()
+    notes.save_plots(study, shorter)
+    assert written == []

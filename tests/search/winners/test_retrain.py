@@ -92,6 +92,7 @@ def worker(folder, pool):
             "flops": 9,
             "epochs": 3.0,
             "kept_epochs": 3.0,
+            "trained_on": "",
             "train": {},
             "validation": {},
         }

@@ -94,6 +94,8 @@ def test_a_study_runs_as_it_does_here(tmp_path):
     code, output = command.run("--trials", "6", *RAY)
     assert code == 0, output
     invariants.check(command.folder, command.log, 6)
+    niceness = {entry["niceness"] for entry in command.entries("begin")}
+    assert niceness == {os.nice(0)}  # as that of the engine's own
     hosts = {a["host"] for t in command.study().trials for a in t.user_attrs["attempts"]}
     assert hosts == {socket.gethostname()}
 
