@@ -88,6 +88,7 @@ class Coordinator:
         self._failures: list[str] | None
         self._failures = None if any(trial.state in usable for trial in trials) else []
         self._all_known_tried = False
+        self._has_warned = False  # of trials that are trained on images
         self._running: dict[int, UnfinishedTrial] = {}  # by slot
         self._when_stored: list[Callable[[], None]] = []  # what waits until all is stored
         self._waiting = deque(self._adopt())
@@ -217,6 +218,7 @@ class Coordinator:
                 self._answer(pool, slot, **trial.suggest(message))
             case "attribute":
                 self._answer(pool, slot, **trial.set_attribute(message))
+                self._warn_of_images(trial.number, message)
             case "resumed":
                 self._resumed(trial, message["step"])
             case "progress":
@@ -236,6 +238,15 @@ class Coordinator:
                 del self._running[slot.index]
                 if not trial.told:
                     self._lost(trial, event.lost or "", event.kind)
+
+    def _warn_of_images(self, number: int, message: dict[str, Any]) -> None:
+        """Once a search: where activations of frozen layers have no room, all takes far longer."""
+        trained_on = str(message["value"])
+        if message["key"] != "trained_on" or not trained_on.startswith("images"):
+            return
+        if not self._has_warned:
+            logger.warning("trial %d is trained on %s", number, trained_on)
+        self._has_warned = True
 
     def _resumed(self, trial: UnfinishedTrial, step: int) -> None:
         """Its worker goes on after `step`: what comes before counts, also in the logs."""

@@ -117,6 +117,10 @@ def _of_trial(study: optuna.Study, trial: FrozenTrial, standing: Standing | None
         rows["parameters"] = f"{parameters:,}"
     if isinstance(flops := attrs.get("flops"), int):
         rows["operations per image"] = f"{_scaled(flops)}FLOP"
+    if isinstance(memory := attrs.get("memory"), int):
+        rows["memory of a step"] = f"{_scaled(memory)}B"
+    if isinstance(trained_on := attrs.get("trained_on"), str):
+        rows["trained on"] = trained_on
     if isinstance(speed := attrs.get("images_per_second"), float):
         rows["training"] = f"{speed:,.0f} images/s"
     if "known_point" in attrs:

@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.time_left --study cnn --out runs/cnn
 
-Made again from when each attempt began and ended; reports in between are taken to come evenly.
+Made again from when each attempt began and ended, without the time in which none ran; reports in
+between are taken to come evenly.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from search.view.time_left import Finished, Running, time_left
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
-def said(trials: list[FrozenTrial], num_reports: int, num_workers: int, now: float) -> float | None:
+Spans = list[tuple[FrozenTrial, float, float]]  # begin and end, in seconds of the search
+
+
+def said(spans: Spans, num_reports: int, num_workers: int, now: float) -> float | None:
     """Seconds left as estimated at that moment."""
-    spans = [(trial, *_span(trial)) for trial in trials]
     finished = [
         Finished(trial.number, end - start, len(trial.intermediate_values))
         for trial, start, end in spans
@@ -34,15 +37,29 @@ def said(trials: list[FrozenTrial], num_reports: int, num_workers: int, now: flo
     return time_left(
         finished,
         running,
-        num_waiting=len(trials) - len(finished) - len(running),
+        num_waiting=len(spans) - len(finished) - len(running),
         num_workers=num_workers,
         num_reports=num_reports,
     )
 
 
-def _span(trial: FrozenTrial) -> tuple[float, float]:
-    attempts = trial.user_attrs["attempts"]
-    return attempts[0]["start"], attempts[-1]["end"]
+def spans_of(trials: list[FrozenTrial]) -> Spans:
+    attempts = sorted((a["start"], a["end"]) for t in trials for a in t.user_attrs["attempts"])
+    runs: list[tuple[float, float]] = []  # times in which at least one ran
+    for start, end in attempts:
+        if runs and start <= runs[-1][1]:
+            runs[-1] = runs[-1][0], max(end, runs[-1][1])
+        else:
+            runs.append((start, end))
+
+    def passed(now: float) -> float:
+        return sum(min(now, end) - start for start, end in runs if start < now)
+
+    found = []
+    for trial in trials:
+        mine = trial.user_attrs["attempts"]
+        found.append((trial, passed(mine[0]["start"]), passed(mine[-1]["end"])))
+    return found
 
 
 def _reports(trial: FrozenTrial, start: float, end: float, now: float) -> int:
@@ -52,23 +69,26 @@ def _reports(trial: FrozenTrial, start: float, end: float, now: float) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--study", required=True)
-    parser.add_argument("--out", type=Path, required=True, help="of a search without a pause")
+    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     study = storage.read_study(storage.url_in(given.out, None), given.study)
     if study is None:
         parser.error(f"{given.out} holds no study {given.study}")
     trials = study.trials
-    spans = [_span(trial) for trial in trials]
-    begin, end = min(start for start, _ in spans), max(end for _, end in spans)
-    num_workers = max(sum(start <= at < end for start, end in spans) for at, _ in spans)
+    if not all(trial.state.is_finished() for trial in trials):
+        parser.error(f"the search in {given.out} has not ended")
+    spans = spans_of(trials)
+    whole = max(end for _, _, end in spans)
+    num_workers = max(sum(start <= at < end for _, start, end in spans) for _, at, _ in spans)
+    num_reports = study.user_attrs["run"]["num_reports"]
     print(f"{len(trials)} trials, {num_workers} workers")
     print(f"{'passed':>8}{'left, s':>10}{'said, s':>10}{'said/left':>11}")
     for share in SHARES:
-        now = begin + share * (end - begin)
-        estimate = said(trials, study.user_attrs["run"]["num_reports"], num_workers, now)
-        text = f"{share:>8.0%}{end - now:>10.0f}"
+        left = (1 - share) * whole
+        estimate = said(spans, num_reports, num_workers, share * whole)
+        text = f"{share:>8.0%}{left:>10.0f}"
         if estimate is not None:
-            text += f"{estimate:>10.0f}{estimate / (end - now):>11.2f}"
+            text += f"{estimate:>10.0f}{estimate / left:>11.2f}"
         print(text)
 
 

@@ -228,6 +228,18 @@ def test_an_attribute_of_the_coordinator_s_own_is_refused(search, trials):
     assert len(trials()[0].user_attrs["attempts"]) == 1
 
 
+def test_that_activations_have_no_room_is_said_once(search, caplog):
+    def script(number, attempt):
+        yield suggest("x")
+        why = "activations in float16" if number == 0 else "images, for want of room: 2 GB"
+        yield {"type": "attribute", "key": "trained_on", "value": why}
+        yield finished(value=0.5)
+
+    search(script, trials=4)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["trial 1 is trained on images, for want of room: 2 GB"]
+
+
 def test_a_decision_to_stop_is_told_before_it_is_answered(search, trials):
     at_answer = []
 

@@ -236,5 +236,5 @@ def test_a_comparison_that_is_trained_again_was_told_its_precision_of_now():
     journey = SimpleNamespace(_run=lambda: run, _num_finished=lambda: 2)
     fields = {"trials": 2, "sampler": "tpe", "pruner": "asha", "final_epochs": None}
     for kind, precision in (("comparison", "float32"), ("space", "bfloat16")):
-        told = _Journey._told(journey, SimpleNamespace(kind=kind, **fields), "float32")
+        told = _Journey._told(journey, SimpleNamespace(kind=kind, **fields), "float32", 2)
         assert told["precision"] == precision
