@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -16,9 +17,21 @@ from tests import invariants
 from tests.command import Command
 
 
+IS_RAY_THERE = importlib.util.find_spec("ray") is not None
+ON_RAY = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not IS_RAY_THERE, reason="pip install '.[ray]' brings Ray"),
+]
+
+
 @pytest.fixture
 def command(tmp_path):
     return Command(tmp_path)
+
+
+@pytest.fixture(params=["local", pytest.param("ray", marks=ON_RAY)])
+def engine(request):
+    return "--engine", request.param
 
 
 def test_undisturbed(command):
@@ -144,9 +157,10 @@ def test_k3_a_kill_after_any_write_loses_nothing(tmp_path, every):
 
 
 @pytest.mark.fault("K4")
-def test_k4_a_trial_that_always_kills_its_worker(tmp_path):
+def test_k4_a_trial_that_always_kills_its_worker(tmp_path, engine):
     command = Command(tmp_path, DUMMY_FAULT="die-always", DUMMY_SLEEP="0.02")
-    code, output = command.run("--trials", "6", "--pruner", "none", "--max-attempts", "3")
+    arguments = ("--trials", "6", "--pruner", "none", "--max-attempts", "3", *engine)
+    code, output = command.run(*arguments)
     assert code == 0, output
     invariants.check(command.folder, command.log, 6)
     failed = [trial for trial in command.study().trials if trial.state.name == "FAIL"]
@@ -157,8 +171,8 @@ def test_k4_a_trial_that_always_kills_its_worker(tmp_path):
 
 
 @pytest.mark.fault("K5")
-def test_k5_a_stopped_worker_is_replaced_and_its_trial_runs_again(command):
-    arguments = ("--trials", "8", "--workers", "2", "--silence", "1s")
+def test_k5_a_stopped_worker_is_replaced_and_its_trial_runs_again(command, engine):
+    arguments = ("--trials", "8", "--workers", "2", "--silence", "1s", *engine)
     process = command.start_slowly(*arguments, seconds=0.3)  # ten times that is silence, too
     # In its first trial, a known point, which nothing complete has beaten.
     stopped = psutil.Process(json.loads(command.log.read_text().partition("\n")[0])["process"])
@@ -235,15 +249,16 @@ def test_k7_a_second_signal_ends_it_at_once(command):
         pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
     ],
 )
-def test_k7_a_signal_leaves_everything_resumable(command, number, code):
-    process = command.start_slowly("--trials", "12", "--workers", "2")
+def test_k7_a_signal_leaves_everything_resumable(command, engine, number, code):
+    arguments = ("--trials", "12", "--workers", "2", *engine)
+    process = command.start_slowly(*arguments)
     process.send_signal(number)
     output, _ = process.communicate(timeout=10)
     assert process.returncode == code, output
     assert "the same command goes on" in output
     invariants.wait_until_no_worker(command.folder, 2)
     command.hurry()
-    assert command.run("--trials", "12", "--workers", "2")[0] == 0
+    assert command.run(*arguments)[0] == 0
     invariants.check(command.folder, command.log, 12)
 
 
@@ -271,20 +286,21 @@ def test_k9_eight_processes_create_the_same_study_at_once(command):
 
 
 @pytest.mark.fault("K10")
-def test_k10_the_whole_foreground_group_is_killed(command):
-    process = command.start_slowly("--trials", "12", "--workers", "2")
+def test_k10_the_whole_foreground_group_is_killed(command, engine):
+    arguments = ("--trials", "12", "--workers", "2", *engine)
+    process = command.start_slowly(*arguments)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     invariants.wait_until_no_worker(command.folder, 5)
     command.hurry()
-    assert command.run("--trials", "12", "--workers", "2")[0] == 0
+    assert command.run(*arguments)[0] == 0
     invariants.check(command.folder, command.log, 12)
 
 
 @pytest.mark.fault("N1")
-def test_n1_a_value_that_is_not_finite_is_pruned_and_never_the_best(tmp_path):
+def test_n1_a_value_that_is_not_finite_is_pruned_and_never_the_best(tmp_path, engine):
     command = Command(tmp_path, DUMMY_FAULT="nan", DUMMY_SLEEP="0.01")
-    assert command.run("--trials", "6", "--pruner", "none")[0] == 0
+    assert command.run("--trials", "6", "--pruner", "none", *engine)[0] == 0
     trials = command.study().trials
     diverged = [trial for trial in trials if "diverged" in trial.user_attrs.get("reason", "")]
     assert [trial.number for trial in diverged] == [1, 3, 5]
@@ -297,9 +313,9 @@ def test_n1_a_value_that_is_not_finite_is_pruned_and_never_the_best(tmp_path):
     ("fault", "message"),
     [("raise", "the dummy's own error"), ("string", "The objective returns a number")],
 )
-def test_first_trials_that_all_fail_alike_stop_the_study(tmp_path, fault, message):
+def test_first_trials_that_all_fail_alike_stop_the_study(tmp_path, engine, fault, message):
     command = Command(tmp_path, DUMMY_FAULT=fault, DUMMY_SLEEP="0.01")
-    code, output = command.run("--trials", "20", "--pruner", "none")
+    code, output = command.run("--trials", "20", "--pruner", "none", *engine)
     assert code == 1
     assert "all failed with the same error" in output.splitlines()[-1]
     assert message in output.splitlines()[-1]
