@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,18 +142,19 @@ class _Journey:
             outcome = self._run_what_is_missing(final)
         except Interrupted:
             # Its workers are gone and all is stored: what is left may take a moment, not more.
-            self._report_of_what_began(_LAST_REPORT)
+            self._last_report()
             raise
         except SearchError as error:
             if error.exit_code not in (EXIT_STORAGE_LOST, EXIT_DAMAGED):
-                self._report_of_what_began()
+                with suppress(Interrupted):  # what went wrong is said whatever happens
+                    self._last_report()
             raise
         self._report()
         return outcome
 
-    def _report_of_what_began(self, seconds: float | None = None) -> None:
+    def _last_report(self) -> None:
         if self._has_begun:
-            self._report(seconds)
+            self._report(_LAST_REPORT)
 
     def _run_what_is_missing(self, final: bool) -> Outcome:
         folders.clean(self._folder)
@@ -206,7 +207,10 @@ class _Journey:
                     shutil.rmtree(checkpoints, ignore_errors=True)
                 for job in retraining.jobs:
                     logs.history(job.stem, job.record.get("history", {}), job.params)
-                return self._outcome(settings, self._write(settings, retraining.jobs))
+                figures = self._write(settings, retraining.jobs)
+                if pool.interrupted:  # while it drew, which asks no worker
+                    raise Interrupted(pool.interrupted)
+                return self._outcome(settings, figures)
         return self._outcome(settings, None)
 
     def _already_done(self, final: bool) -> Outcome | None:
@@ -313,12 +317,14 @@ class _Journey:
         if settings.kind == "comparison" or self._num_finished() < settings.trials:
             told |= {name: getattr(settings, name) for name in ("trials", "sampler", "pruner")}
             told["precision"] = precision
-            told["workers"] = workers  # so many trials run while TPE draws the next
+            # So many trials run while TPE draws the next; a cluster's number is another thing.
+            told["workers"] = None if self._options.get("engine") == "ray" else workers
         return (self._run() or {}).get("told", {}) | told
 
-    def _made_with(self) -> list[dict[str, Any]]:
+    def _made_with(self) -> list[dict[str, Any] | None]:
         """Versions, commit and hardware, of each call where they were others than before."""
-        before = (self._run() or {}).get("made_with", [])
+        run = self._run()
+        before = [] if run is None else run.get("made_with", [None])  # an earlier version kept none
         now = provenance.collect()
         return before if before[-1:] == [now] else [*before, now]
 

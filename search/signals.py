@@ -45,7 +45,7 @@ def interruptible(seconds: float | None) -> Iterator[None]:
     came: list[int] = []
 
     def handle(number: int, _: object) -> None:
-        if came and number != signal.SIGALRM:
+        if number != signal.SIGALRM and set(came) - {signal.SIGALRM}:
             os._exit(128 + number)  # the first was not heard
         came.append(number)
         raise KeyboardInterrupt  # nothing that draws catches this one
@@ -56,16 +56,17 @@ def interruptible(seconds: float | None) -> Iterator[None]:
     with _handled_by(handle, _SIGNALS if seconds is None else (*_SIGNALS, signal.SIGALRM)):
         try:
             if seconds is not None:
-                signal.setitimer(signal.ITIMER_REAL, seconds)
+                # Again and again: one that comes while an object is deleted is not heard.
+                signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
             try:
                 yield
             finally:
                 if seconds is not None:
                     signal.setitimer(signal.ITIMER_REAL, 0.0)
         except KeyboardInterrupt:
-            if came[-1] == signal.SIGALRM:
-                raise TimeoutError(f"longer than {seconds} s") from None
-            raise Interrupted(came[-1]) from None
+            if numbers := [number for number in came if number != signal.SIGALRM]:
+                raise Interrupted(numbers[0]) from None
+            raise TimeoutError(f"longer than {seconds} s") from None
 
 
 @contextmanager

@@ -131,15 +131,15 @@ def command(run: Run) -> str:
     return shlex.join(words)
 
 
-def origins(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
+def origins(run: Run) -> list[tuple[str, Mapping[str, Any] | None]]:
     """What it was made with, in the order of time, and how each part is called; a part that was
-    made with the same as the one before is left out."""
+    made with the same as the one before is left out. None: an earlier version kept nothing."""
     found = [("Made with", one) for one in run.started.get("made_with", [])]
     found[1:] = [("Gone on with", one) for _, one in found[1:]]
     if run.metrics and (not found or found[-1][1] != run.metrics["provenance"]):
         name = "The winners were measured with" if found else "Made with"
         found.append((name, run.metrics["provenance"]))
-    return found
+    return found or [("Made with", None)]
 
 
 def _made_with(run: Run) -> list[Html]:
@@ -147,17 +147,15 @@ def _made_with(run: Run) -> list[Html]:
     made: list[Html] = []
     before: dict[str, Any] = {}
     for name, provenance in origins(run):
+        if provenance is None:
+            made += [page.heading(name), page.note("An earlier version, which did not say.")]
+            continue
         short, wide = _described(provenance)
         made.append(page.heading(name, "What differs from above." if before else ""))
         for values, is_wide in ((short, False), (wide, True)):
             if changed := [(n, v) for n, v in values.items() if before.get(n) != v]:
                 made.append(page.pairs(changed, wide=is_wide))
         before |= short | wide
-    if not made:
-        made = [
-            page.heading("Made with"),
-            page.note("An earlier version began this run: it kept no versions, commit, hardware."),
-        ]
     told = (run.metrics or {"training": {}})["training"] | run.started.get("told", {})
     short = {"precision": told.get("precision"), "workers": told.get("workers")}
     short["seed of the study"] = run.started["fixed"]["seed"]

@@ -25,7 +25,7 @@ from numpy.lib import format as npy
 
 from search import artifacts
 from search.errors import SearchError
-from search.training import features
+from search.training import backend, features
 from search.training.features import Cut
 
 if TYPE_CHECKING:
@@ -192,7 +192,8 @@ def difference(
 ) -> features.Difference:
     """Of the rest's answers to stored activations, from those to exact ones: the whole model's to
     the sample's images, or without it, the rest's to the sample."""
-    if whole is None or not is_float32(work):  # bfloat16 rounds differently in another graph
+    # bfloat16 and a GPU's TF32 round differently in another graph.
+    if whole is None or not is_float32(work) or backend.visible_gpus():
         exact = features.predicted(work.parts.rest, np.load(path / "sample.npy", mmap_mode="r"))
     else:
         exact = features.predicted(whole, work.images, work.sample)

@@ -113,12 +113,16 @@ class FeatureStore:
             return True
         work = self._work(parts, images, data)
         path = self._folder / f"{work.key}-{dtype}"
-        found = feature_files.difference(path, work, activations, whole)
-        if found.is_small:
-            return True
-        logger.warning("%s are too coarse in %s for a trained model: %s", work, dtype, found)
-        if dtype == "float16" and (whole or work.needed("float32") <= self._max_bytes):
-            work.coarse.touch()
+        try:
+            found = feature_files.difference(path, work, activations, whole)
+            if found.is_small:
+                return True
+            logger.warning("%s are too coarse in %s for a trained model: %s", work, dtype, found)
+            if dtype == "float16" and (whole or work.needed("float32") <= self._max_bytes):
+                work.coarse.touch()
+        except OSError as error:  # no reason to lose a training
+            logger.warning("%s could not be held against a trained model: %s", work, error)
+            return whole is not None
         return dtype == "float32"
 
     def _work(
@@ -217,8 +221,12 @@ class FeatureStore:
             sizes = {}
             if needed <= self._max_bytes:  # else all would be evicted in vain
                 sizes = {path: _size(path) for path in self._others(work)}
-            # First what is to be kept in another dtype now.
-            for path in sorted(sizes, key=lambda p: (work.key not in p.name, _last_used(p))):
+            if work.coarse.exists():
+                # Nobody will open float16 again; whoever still reads it is not to be waited for.
+                for path in [path for path in sizes if work.key in path.name]:
+                    self._evict(path)
+                    del sizes[path]
+            for path in sorted(sizes, key=_last_used):
                 if self._lack(work, dtype, sum(sizes.values())) and self._evict(path):
                     del sizes[path]
             if lack := self._lack(work, dtype, sum(sizes.values())):

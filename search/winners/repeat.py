@@ -78,7 +78,7 @@ def repeat(
     settings = resolve(run["described"], str(file), {**options, "precision": precision})
     settings, _ = with_weights(dataclasses.replace(settings, folder=str(folder.absolute())))
     opening = {"type": "open", "file": str(file)}
-    pool = Pool(LocalEngine(folder / "logs"), [_device(trial)], opening)
+    pool = Pool(LocalEngine(folder / "logs"), [_device(trial, run)], opening)
     with signals.ending(pool), pool:
         pool.wait_for_description()
         pool.prepare(dataclasses.asdict(settings))
@@ -89,9 +89,11 @@ def repeat(
             folders.remove_scratch(folder)
 
 
-def _device(trial: FrozenTrial) -> Device:
-    """One with as many threads as the trial had: sums in another order differ."""
-    device = devices.share_out("auto")[0]
+def _device(trial: FrozenTrial, run: dict[str, Any]) -> Device:
+    """One with as many threads as the trial had, since sums in another order differ, and with its
+    share of the memory."""
+    workers = run.get("told", {}).get("workers") or 1
+    device = dataclasses.replace(devices.share_out("auto")[0], workers=workers)
     attempts = trial.user_attrs.get("attempts") or [{}]
     used = re.fullmatch(r"(\d+) cpu", attempts[-1].get("device", ""))
     if device.gpu is not None or not used:

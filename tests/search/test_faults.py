@@ -16,7 +16,6 @@ import pytest
 from tests import invariants
 from tests.command import Command
 
-
 IS_RAY_THERE = importlib.util.find_spec("ray") is not None
 ON_RAY = [
     pytest.mark.slow,

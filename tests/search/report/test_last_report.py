@@ -87,6 +87,28 @@ def test_a_signal_ends_the_drawing_at_once(run, monkeypatch, number, seconds):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_what_went_wrong_is_said_though_the_drawing_was_interrupted(run, monkeypatch):
+    def draw(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(report, "html", draw)
+    assert not ends_with(run, SearchError("none is complete", exit_code=EXIT_NOTHING_USABLE))
+
+
+def test_a_signal_that_comes_after_the_limit_is_one(run, monkeypatch):
+    def draw(_):
+        try:
+            time.sleep(60)
+        finally:  # it is over; the page is being left
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+
+    monkeypatch.setattr(report, "html", draw)
+    with pytest.raises(Interrupted):
+        run._report(0.2)
+
+
 def test_an_interrupted_run_draws_no_longer_than_a_moment(run, monkeypatch, caplog):
     path = run._folder / "report.html"
     path.write_text("of before")
@@ -121,6 +143,10 @@ def test_what_a_run_is_made_with_is_kept_of_each_machine_once(run, monkeypatch):
     assert now["hardware"]["cores"] >= 1
     run._study.set_user_attr("run", run._study.user_attrs["run"] | {"made_with": first})
     assert run._made_with() == first
+    started = run._study.user_attrs["run"]
+    run._study.set_user_attr("run", {k: v for k, v in started.items() if k != "made_with"})
+    assert run._made_with() == [None, now]  # begun by a version that kept none
+    run._study.set_user_attr("run", started)
     other = now | {"commit": "2" * 40}
     monkeypatch.setattr(provenance, "collect", lambda: other)
     assert run._made_with() == [*first, other]

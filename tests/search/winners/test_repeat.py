@@ -148,7 +148,7 @@ def test_a_trial_has_as_many_threads_as_in_its_search(monkeypatch, label, thread
     trial = optuna.trial.create_trial(
         state=TrialState.PRUNED, user_attrs={"attempts": [{"device": "gpu 1"}, {"device": label}]}
     )
-    assert repeat._device(trial) == Device(threads)
+    assert repeat._device(trial, {"told": {"workers": 3}}) == Device(threads, workers=3)
 
 
 def run(folder, *arguments):
