@@ -233,7 +233,7 @@ def test_points_are_told_in_order_once_all_their_seeds_are_trained():
 def test_a_comparison_that_is_trained_again_was_told_its_precision_of_now():
     # All its trials are finished, but a search's would still be those of the precision before.
     run = {"told": {"precision": "bfloat16", "sampler": "random"}}
-    journey = SimpleNamespace(_run=lambda: run, _num_finished=lambda: 2)
+    journey = SimpleNamespace(_run=lambda: run, _num_finished=lambda: 2, _options={})
     fields = {"trials": 2, "sampler": "tpe", "pruner": "asha", "final_epochs": None}
     for kind, precision in (("comparison", "float32"), ("space", "bfloat16")):
         told = _Journey._told(journey, SimpleNamespace(kind=kind, **fields), "float32", 2)
