@@ -15,25 +15,16 @@ Fixed:
     preparation of images.
 """
 
+from dataclasses import replace
+
 from spaces.vgg16 import VGG16
-from studies.study import Study
-from studies.vgg16 import VGG16_TRANSFER, FashionVGG16
+from studies import vgg16
 
 
-class SizedVGG16(FashionVGG16):
+class SizedVGG16(vgg16.FashionVGG16):
     """At all sizes."""
 
     input_sizes = VGG16.input_sizes
 
 
-study = Study(
-    name="vgg16_sizes",
-    space=SizedVGG16,
-    trials=30,
-    epochs=3,
-    final_epochs=6,
-    images_per_report=6_400,
-    reduction_factor=4,
-    weights="imagenet",
-    known_points=({}, VGG16_TRANSFER),
-)
+study = replace(vgg16.study, name="vgg16_sizes", space=SizedVGG16)
