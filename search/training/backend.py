@@ -6,9 +6,12 @@ Imported by workers only, after their environment has fixed devices and threads.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,10 @@ from search.workers.devices import has_bfloat16
 
 VALIDATION_BATCH = 500  # divides 2 500 and 10 000: one shape, traced once
 _ALIGNMENT = 64  # bytes, of TensorFlow's arrays; a .npy file's data begins at a multiple of it
+# On a GPU a step of a small model is over before Python has sent the next one.
+_MOST_AT_ONCE = 50
+_OF_THE_GPU = 0.25  # its memory's share that a training set may take
+_EACH_BATCH = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,22 @@ def visible_gpus() -> int:
     return 0
 
 
+def steps_at_once(
+    model: keras.Model, callbacks: Sequence[keras.callbacks.Callback], steps_per_report: int
+) -> int:
+    """How many steps each call of the train function makes; they divide a report, beyond whose end
+    Keras would go else. On a GPU many, unless a callback is to be told of each."""
+    own = math.gcd(model.steps_per_execution, steps_per_report)
+    if model.steps_per_execution > 1 or not visible_gpus() or any(map(_sees_batches, callbacks)):
+        return own
+    return max(n for n in range(1, _MOST_AT_ONCE + 1) if steps_per_report % n == 0)
+
+
+def _sees_batches(callback: keras.callbacks.Callback) -> bool:
+    plain = keras.callbacks.Callback
+    return any(getattr(type(callback), name) is not getattr(plain, name) for name in _EACH_BATCH)
+
+
 def training_batches(
     x: Rows | np.ndarray, y: np.ndarray, order: np.ndarray, batch_size: int
 ) -> Iterable:
@@ -90,6 +113,24 @@ def training_batches(
     import tensorflow as tf
 
     return _gathered(rows, y, tf.data.Dataset.from_tensor_slices(batches), prefetch=2)
+
+
+@contextmanager
+def feeding(
+    model: keras.Model, x: Rows | np.ndarray, y: np.ndarray, order: np.ndarray, batch_size: int
+) -> Iterator[Iterable]:
+    """The `training_batches` for a `fit` of this model, whose `steps_per_execution` is set. On JAX
+    and a GPU the data lie there as they are (images as uint8), and it reads positions only."""
+    if keras.backend.backend() != "jax" or not visible_gpus() or not _fits(as_rows(x)):
+        yield training_batches(x, y, order, batch_size)
+        return
+    # Else `fit` would build loss and metrics by what it reads.
+    model._symbolic_build(data_batch=next(_numpy_batches(as_rows(x), y, order[:1].reshape(1, 1))))
+    model.train_function = _steps_on_device(model, as_rows(x), y)
+    try:
+        yield ((chosen,) for chosen in order.reshape(-1, model.steps_per_execution, batch_size))
+    finally:
+        model.train_function = None
 
 
 def validation_batches(x: Rows | np.ndarray, y: np.ndarray) -> Iterable:
@@ -139,6 +180,38 @@ def _gathered(rows: Rows, y: np.ndarray, batches: Any, *, prefetch: int) -> Any:
     # gigabyte for each of two feeds, where 15 ms and no memory do.
     options.experimental_optimization.apply_default_optimizations = False
     return batches.map(gather).prefetch(prefetch).with_options(options)
+
+
+def _fits(rows: Rows) -> bool:
+    """Whether there is room for them on JAX's first device, beside a model."""
+    import jax
+
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    each = rows.array.itemsize * math.prod(rows.array.shape[1:])
+    return len(rows) * each <= _OF_THE_GPU * limit
+
+
+def _steps_on_device(model: keras.Model, rows: Rows, y: np.ndarray) -> Callable[..., Any]:
+    """A train function, as Keras makes one on JAX, whose data lie on the device and which makes
+    the steps of one call there, without asking Python in between."""
+    import jax
+
+    data = jax.device_put((rows.array[rows.positions], y))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def steps(state: Any, data: Any, batches: Any) -> Any:
+        def step(state: Any, chosen: Any) -> Any:
+            logs, state = model.train_step(state, jax.tree.map(lambda part: part[chosen], data))
+            return state, logs
+
+        state, logs = jax.lax.scan(step, state, batches)
+        return jax.tree.map(lambda values: values[-1], logs), state
+
+    def train_function(state: Any, iterator: Iterator) -> Any:
+        (batches,) = next(iterator)
+        return steps(state, data, batches)
+
+    return train_function
 
 
 def _numpy_batches(rows: Rows, y: np.ndarray, batches: np.ndarray) -> Iterator:

@@ -85,8 +85,7 @@ def train(
             callback, plan.reports_per_epoch, has_validation=validation_data is not None
         )
     _build(model, train_data[1][:1])
-    # Else Keras would go past the end of a report.
-    model.steps_per_execution = math.gcd(model.steps_per_execution, plan.steps_per_report)
+    model.steps_per_execution = backend.steps_at_once(model, callbacks, plan.steps_per_report)
     callbacks, done = list(callbacks), 0
     if checkpoints:
         checkpoints.watch(model, callbacks)
@@ -96,18 +95,18 @@ def train(
     # Of one that was killed at its end nothing is read, but Keras refuses an empty generator.
     begin = min(done, plan.num_reports - 1)
     order = plan.order()[begin * plan.steps_per_report * plan.batch_size :]
-    history = model.fit(
-        backend.training_batches(
-            train_data[0], as_loss_wants(model, train_data[1]), order, plan.batch_size
-        ),
-        initial_epoch=done,
-        epochs=plan.num_reports,
-        steps_per_epoch=plan.steps_per_report,
-        validation_data=_validation(model, validation_data),
-        callbacks=callbacks,
-        shuffle=False,  # the order is the plan's
-        verbose=0,
-    )
+    inputs, labels = train_data[0], as_loss_wants(model, train_data[1])
+    with backend.feeding(model, inputs, labels, order, plan.batch_size) as batches:
+        history = model.fit(
+            batches,
+            initial_epoch=done,
+            epochs=plan.num_reports,
+            steps_per_epoch=plan.steps_per_report,
+            validation_data=_validation(model, validation_data),
+            callbacks=callbacks,
+            shuffle=False,  # the order is the plan's
+            verbose=0,
+        )
     return {name: [float(v) for v in values] for name, values in history.history.items()}
 
 

@@ -1,0 +1,107 @@
+"""What a training does on a GPU alone, done on this machine's CPU, on the backend that Keras has.
+
+.ci/run does it on JAX, too.
+"""
+
+import keras
+import numpy as np
+import pytest
+
+from search.training import backend, training
+from tests.search.training.test_training import Diary, data, plan
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(backend, "visible_gpus", lambda: 1)
+
+
+def network():
+    """With what has a state beside its weights: dropout, normalisation, a schedule, momentum."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((2, 2, 1), dtype="uint8"),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Conv2D(4, 2, activation="relu", padding="same"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    schedule = keras.optimizers.schedules.CosineDecay(0.05, 12)
+    optimizer = keras.optimizers.SGD(schedule, momentum=0.9)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def train(callbacks=()):
+    model, whole = network(), plan(batch_size=5)
+    rows = backend.Rows(data()[0], np.arange(59, -1, -1))
+    history = training.train(
+        model,
+        (rows, data()[1][::-1].copy()),
+        whole,
+        validation_data=data(num_images=20, seed=1),
+        callbacks=callbacks,
+    )
+    return model, history
+
+
+class Batches(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(batch)
+
+
+def test_several_steps_at_once_come_to_the_same(monkeypatch):
+    one_by_one, expected = train()
+    monkeypatch.setattr(backend, "visible_gpus", lambda: 1)
+    diary = Diary()
+    model, history = train([diary])
+    assert model.steps_per_execution == 4  # of a report
+    assert int(model.optimizer.iterations) == 12
+    assert (len(diary.epochs), diary.ends) == (3, 1)
+    assert history == {name: pytest.approx(values, rel=1e-4) for name, values in expected.items()}
+    for weights, others in zip(model.get_weights(), one_by_one.get_weights(), strict=True):
+        np.testing.assert_allclose(weights, others, rtol=1e-3, atol=1e-5)
+
+
+def test_a_callback_that_asks_is_told_of_each_step(on_gpu):
+    batches = Batches()
+    train([batches])
+    assert batches.seen == [0, 1, 2, 3] * 3
+
+
+@pytest.mark.parametrize(("steps_per_report", "at_once"), [(200, 50), (97, 1), (66, 33), (7, 7)])
+def test_no_call_goes_beyond_a_report(on_gpu, steps_per_report, at_once):
+    assert backend.steps_at_once(network(), (), steps_per_report) == at_once
+
+
+def test_what_a_model_was_compiled_with_stays(on_gpu):
+    model = network()
+    model.compile("sgd", "mse", steps_per_execution=6)
+    assert backend.steps_at_once(model, (), 8) == 2
+
+
+def test_a_model_is_left_as_it_was(on_gpu):
+    """It is measured, trained on and saved afterwards, by Keras's own functions."""
+    model, _ = train()
+    x, y = data()
+    model.fit(x, y, batch_size=10, verbose=0)
+    assert int(model.optimizer.iterations) == 12 + 6
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+def test_data_lie_on_the_device_where_there_is_room(on_gpu, monkeypatch):
+    x, y = data()
+    order, model = np.arange(60, dtype=np.int32), network()
+    with backend.feeding(model, x, y, order, 10) as batches:
+        assert [chosen.shape for (chosen,) in batches] == [(1, 10)] * 6
+    monkeypatch.setattr(backend, "_OF_THE_GPU", -1.0)
+    with backend.feeding(model, x, y, order, 10) as batches:
+        assert [images.shape for images, _ in batches] == [(10, 2, 2, 1)] * 6
