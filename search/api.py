@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _OPTIONS = frozenset(
     (
         *("trials", "epochs", "dataset", "seed", "time_budget", "sampler", "pruner", "storage"),
-        *("workers", "precision", "max_attempts", "top", "seeds", "final_epochs", "log"),
+        *("workers", "per_gpu", "precision", "max_attempts", "top", "seeds", "final_epochs", "log"),
         *("weights", "cache_size", "trial_timeout", "silence"),
         *("engine", "address", "shared", "allow_insecure_ray"),
     )
@@ -103,10 +103,10 @@ def run(
         out: folder of the run; None for runs/<study>.
         retrain: the winners, and measure them on the test set.
         verbosity: -1 for warnings only, 1 for every event.
-        options: those of the command line, as plain values: trials, epochs, dataset, workers, seed,
-            time_budget (seconds), sampler, pruner, precision, storage, max_attempts, top, seeds,
-            final_epochs, log, weights, cache_size (bytes), trial_timeout and silence (seconds),
-            engine, address, shared, allow_insecure_ray.
+        options: those of the command line, as plain values: trials, epochs, dataset, workers,
+            per_gpu, seed, time_budget (seconds), sampler, pruner, precision, storage, max_attempts,
+            top, seeds, final_epochs, log, weights, cache_size (bytes), trial_timeout and silence
+            (seconds), engine, address, shared, allow_insecure_ray.
 
     Raises:
         SearchError: for what the user can mend.

@@ -96,7 +96,7 @@ def run(
     database = storage.at(storage.url_in(folder, options.get("storage")))
     _refuse_cluster_options(options)
     if options.get("engine") != "ray":
-        devices.share_out(str(options.get("workers") or "auto"))  # refused before all else
+        devices.share_out(*_workers(options))  # refused before all else
     with ExitStack() as held:
         held.enter_context(folders.umask(folders.PRIVATE))
         folders.refuse_links(folder)
@@ -161,7 +161,7 @@ class _Journey:
         opening = {"type": "open", "file": str(self._entry.file)}
         engine = self._engine()
         with closing(engine):
-            devices_ = engine.devices(str(self._options.get("workers") or "auto"))
+            devices_ = engine.devices(*_workers(self._options))
             pool = Pool(engine, devices_, opening, self._options.get("silence"))
             return self._run_on(pool, final)
 
@@ -537,6 +537,11 @@ def described_data(reference: str) -> dict[str, Any]:
         "input_shape": list(dataset.input_shape),
         "class_names": list(dataset.class_names),
     }
+
+
+def _workers(options: dict[str, Any]) -> tuple[str, int]:
+    """How many, and how many for each GPU, as `devices.share_out` takes them."""
+    return str(options.get("workers") or "auto"), options.get("per_gpu") or 1
 
 
 def _warn_of_unseen_gpus(pool: Pool, ready: dict[str, Any]) -> None:

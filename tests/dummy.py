@@ -35,7 +35,8 @@ def most_seconds():
 
 def objective(trial):
     fault = os.environ.get("DUMMY_FAULT", "")
-    log(trial, "begin", niceness=os.nice(0))
+    share = float(os.environ.get("FMNIST_SEARCH_GPU_SHARE", "1"))
+    log(trial, "begin", niceness=os.nice(0), gpu_share=share)
     x = trial.suggest_float("x", 0.0, 1.0)
     units = trial.suggest_int("units", 16, 256, log=True)
     kind = trial.suggest_categorical("kind", ["a", "b"])

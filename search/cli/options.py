@@ -81,6 +81,8 @@ verbosity = _options(
 )
 working = _options(
     click.option("--workers", default="auto", help="auto (one per GPU, or per core) or a number."),
+    click.option("--per-gpu", type=click.IntRange(1, 16), default=1, show_default=True,
+                 help="Workers on each GPU, which share its memory evenly."),
     click.option("--max-attempts", type=click.IntRange(1, 1000), default=3, show_default=True,
                  help="Of a trial whose worker dies."),
     click.option("--silence", type=Duration(),

@@ -18,7 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from search.workers.devices import has_bfloat16
+from search.workers.devices import gpu_memory, has_bfloat16
 
 VALIDATION_BATCH = 500  # divides 2 500 and 10 000: one shape, traced once
 _ALIGNMENT = 64  # bytes, of TensorFlow's arrays; a .npy file's data begins at a multiple of it
@@ -66,6 +66,17 @@ def use_precision(precision: str) -> str:
         precision = "bfloat16" if native else "float32"
     keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
     return precision
+
+
+def keep_to_share() -> None:
+    """Let this process take no more of its GPU's memory than it is to; JAX reads its environment.
+    Call before the first tensor."""
+    if (limit := gpu_memory()) and keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        for gpu in tf.config.list_physical_devices("GPU"):
+            own = tf.config.LogicalDeviceConfiguration(memory_limit=limit)
+            tf.config.set_logical_device_configuration(gpu, [own])
 
 
 def visible_gpus() -> int:

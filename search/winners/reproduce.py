@@ -93,7 +93,8 @@ def train(path: Path, folder: Path, options: dict[str, Any], view: View) -> dict
     """
     config = read_config(path)
     entry = catalogue.find(options.get("study") or config.get("study_file") or config["study"])
-    devices_ = devices.share_out(str(options.get("workers") or "auto"))
+    per_gpu = options.get("per_gpu") or 1
+    devices_ = devices.share_out(str(options.get("workers") or "auto"), per_gpu)
     folders.refuse_links(folder)
     with folders.umask(folders.PRIVATE), ExitStack() as held:
         folders.check(folder, "--out")

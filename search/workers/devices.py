@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,9 @@ from search.workers import cgroup
 logger = logging.getLogger("search")
 
 _WORKERS = "FMNIST_SEARCH_WORKERS"  # in a worker's environment
+_SHARE = "FMNIST_SEARCH_GPU_SHARE"
+# Of the memory of a GPU that workers share: each has a CUDA context beside what is counted.
+_FOR_ALL = 0.9
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
@@ -28,6 +32,7 @@ class Device:
     threads: int
     gpu: str | None = None  # as CUDA_VISIBLE_DEVICES names it
     workers: int = 1  # that share the machine's memory, as far as is known
+    share: float = 1.0  # of the GPU's memory
 
     @property
     def label(self) -> str:
@@ -36,8 +41,12 @@ class Device:
     def environment(self) -> dict[str, str]:
         """What must stand in the worker's environment before Keras is imported."""
         threads = str(self.threads)
+        # JAX reads one of two names, and refuses both.
+        fraction = f"{_FOR_ALL * self.share:.3f}"
+        shared = {"XLA_CLIENT_MEM_FRACTION": fraction, "XLA_PYTHON_CLIENT_MEM_FRACTION": ""}
         return {
             _WORKERS: str(self.workers),
+            _SHARE: str(self.share),
             # An empty list hides every GPU, so that a CPU worker does not take memory on one.
             "CUDA_VISIBLE_DEVICES": self.gpu or "",
             "OMP_NUM_THREADS": threads,
@@ -53,6 +62,7 @@ class Device:
             "XLA_FLAGS": " ".join(
                 [os.environ.get("XLA_FLAGS", ""), *[_ONE_THREAD] * (self.threads == 1)]
             ).strip(),
+            **(shared if self.share < 1.0 else {}),
         }
 
 
@@ -102,18 +112,42 @@ def workers() -> int:
     return int(os.environ.get(_WORKERS, "1"))
 
 
-def share_out(workers: str) -> list[Device]:
+def gpu_share() -> float:
+    """The share of its GPU's memory that this process, a worker, may take."""
+    return float(os.environ.get(_SHARE, "1"))
+
+
+def gpu_memory() -> int:
+    """Megabytes that this process, a worker, may take on a GPU that it shares; 0 where it has the
+    GPU for itself, or the driver does not say how many there are."""
+    share, command = gpu_share(), shutil.which("nvidia-smi")
+    if share == 1.0 or not command:
+        return 0
+    fields = ["--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    chosen = f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+    try:
+        asked = [command, *fields, chosen]
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return int(_FOR_ALL * share * int(said)) if said.isdecimal() else 0
+
+
+def share_out(workers: str, per_gpu: int = 1) -> list[Device]:
     """One device for each worker.
 
     Args:
-        workers: "auto" for one per GPU, or one per core where there is no GPU; or a number.
+        workers: "auto" for so many per GPU, or one per core where there is no GPU; or a number.
+        per_gpu: with "auto".
 
     Raises:
-        SearchError: if it is neither, or more than four workers would share a core or a GPU.
+        SearchError: if it is neither, or more than four workers would share a core or a GPU; or if
+            there is no GPU to share.
     """
     found, available = gpus(), cores()
+    check_per_gpu(workers, per_gpu, len(found))
     if workers == "auto":
-        count = len(found) or available
+        count = len(found) * per_gpu or available
     elif workers.isdecimal() and 1 <= int(workers) <= 4 * max(len(found), available):
         count = int(workers)
     else:
@@ -123,7 +157,26 @@ def share_out(workers: str) -> list[Device]:
             exit_code=EXIT_USAGE,
         )
     threads = max(1, available // count)
-    return [Device(threads, found[i % len(found)] if found else None, count) for i in range(count)]
+    if not found:
+        return [Device(threads, None, count)] * count
+    share = 1 / math.ceil(count / len(found))
+    return [Device(threads, found[i % len(found)], count, share) for i in range(count)]
+
+
+def check_per_gpu(workers: str, per_gpu: int, num_gpus: int) -> None:
+    """Raises SearchError where --per-gpu can't apply."""
+    if per_gpu > 1 and workers != "auto":
+        raise SearchError(
+            f"--workers {workers} is their number, so --per-gpu {per_gpu} can't apply. Give one of "
+            "the two",
+            exit_code=EXIT_USAGE,
+        )
+    if per_gpu > 1 and not num_gpus:
+        raise SearchError(
+            f"--per-gpu {per_gpu} can't apply: there is no GPU. Leave it out: there is one worker "
+            "for each core, or give their number with --workers",
+            exit_code=EXIT_USAGE,
+        )
 
 
 def has_bfloat16() -> bool:

@@ -48,7 +48,7 @@ class Engine(Protocol):
 
     has_wide_workers: bool  # whether a worker may be given more threads than its device began with
 
-    def devices(self, workers: str) -> list[Device]:
+    def devices(self, workers: str, per_gpu: int = 1) -> list[Device]:
         """One for each worker, as `devices.share_out`."""
 
     def joined(self) -> list[Device]:

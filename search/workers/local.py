@@ -82,8 +82,8 @@ class LocalEngine:
         self._log_folder = log_folder
         self._oom_kills = cgroup.OomKills(cgroup.oom_kills())
 
-    def devices(self, workers: str) -> list[Device]:
-        return share_out(workers)
+    def devices(self, workers: str, per_gpu: int = 1) -> list[Device]:
+        return share_out(workers, per_gpu)
 
     def joined(self) -> list[Device]:
         return []

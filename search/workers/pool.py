@@ -105,6 +105,7 @@ class Slot:
     is_hopeless: bool = False  # there were too many of these
     start_at: float = 0.0  # monotonic seconds, where it has no worker
     task: Task | None = None
+    has_whole_gpu: bool = False  # its worker, for the one task that is alone
     rss: int = 0  # bytes, after the last task
     rss_at_first: int = 0  # bytes, after the worker's first task
     status: dict[str, Any] = field(default_factory=dict)  # for the terminal view
@@ -235,13 +236,17 @@ class Pool:
 
         Args:
             alone: the others of its host, idle all, are replaced first: an idle worker keeps what
-                memory its last task took, on a GPU too.
+                memory its last task took, on a GPU too. So is its own, where a share of a GPU's
+                memory is all that it may take.
         """
         for other in self.slots if alone else ():
             if other is not slot and other.host == slot.host:
                 self._restart(other)
+        if alone and slot.device.share < 1.0:
+            self._restart(slot, has_whole_gpu=True)
         slot.task = Task(trial, attempt, content, timeout)
-        self._send(slot, {"type": "start", "trial": trial, "attempt": attempt, **content})
+        if slot.ready:
+            self._begin(slot, slot.task)
 
     def drop_tasks(self) -> None:
         """Replace the workers that are still busy: nobody is left to answer what they say."""
@@ -347,14 +352,18 @@ class Pool:
                     "the study's file has changed while it was run: its space is another one now. "
                     "Put it back and type the same command, or take another --out"
                 )
+            if slot.task:  # has waited for it
+                self._begin(slot, slot.task)
             return None
         if type_ == "failed":
             if self.space is None:
                 raise SearchError(message["message"], detail=message.get("traceback", ""))
             logger.warning("worker %d could not begin: %s", slot.index, message["message"])
+            waited = slot.task
             self._stop(slot)
             self._start_later(slot, message["message"], message.get("traceback", ""))
-            return None
+            lost = {"lost": message["message"], "task": waited}
+            return Event(slot, {"type": "lost"}, **lost) if waited else None
         task = slot.task
         if task is None or (message["trial"], message["attempt"]) != (task.trial, task.attempt):
             return None  # what an old attempt says
@@ -368,8 +377,9 @@ class Pool:
         slot.rss = message["rss"]
         slot.rss_at_first = slot.rss_at_first or slot.rss
         slot.status = {}
-        if message.get("outcome") == OUT_OF_MEMORY:
-            self._restart(slot)  # what is left of its memory is in pieces
+        # What is left of its memory is in pieces, or it may take more than its share.
+        if message.get("outcome") == OUT_OF_MEMORY or slot.has_whole_gpu:
+            self._restart(slot)
         elif slot.rss - slot.rss_at_first > MAX_GROWTH:
             logger.info(
                 "worker %d has grown by %d MB and is replaced",
@@ -417,12 +427,18 @@ class Pool:
         self._restart(slot)
         yield Event(slot, {"type": "lost"}, lost=why, task=task, kind="timeout")
 
-    def _restart(self, slot: Slot) -> None:
+    def _begin(self, slot: Slot, task: Task) -> None:
+        stamp = {"trial": task.trial, "attempt": task.attempt}
+        self._send(slot, {"type": "start", **stamp, **task.content})
+
+    def _restart(self, slot: Slot, *, has_whole_gpu: bool = False) -> None:
         self._stop(slot)
+        slot.has_whole_gpu = has_whole_gpu
         self._start(slot)
 
     def _start(self, slot: Slot) -> None:
-        slot.worker = self._engine.start(slot.device, slot.index)
+        device = replace(slot.device, share=1.0) if slot.has_whole_gpu else slot.device
+        slot.worker = self._engine.start(device, slot.index)
         slot.described = slot.ready = False
         slot.task, slot.rss, slot.rss_at_first, slot.status = None, 0, 0, {}
         self._selector.register(slot.worker.channel, selectors.EVENT_READ, slot)
@@ -432,6 +448,7 @@ class Pool:
         if slot.worker is None:
             return
         worker, slot.worker, slot.ready, slot.task = slot.worker, None, False, None
+        slot.has_whole_gpu = False
         self._selector.unregister(worker.channel)
         worker.kill()
 

@@ -79,7 +79,8 @@ class RayEngine:
         self._run = hashlib.sha256(name.encode()).hexdigest()[:16]
         self._share = {"num_cpus": 1.0, "num_gpus": 0.0}  # of each worker
         self._device, self._num_workers = Device(1), 0
-        self._counted = ""  # what each worker has one of: as many as there are, now and later
+        # What workers are counted by, now and later, and how many there are for each.
+        self._counted, self._per_counted = "", 1
         self._home = str(fetching.keras_datasets().parent.absolute())
         self._files: relay.Files = {}  # that workers read
         self._study_files = self._put(_contents(_beside(study)))
@@ -101,7 +102,7 @@ class RayEngine:
             self._ray.shutdown()
             raise
 
-    def devices(self, workers: str) -> list[Device]:
+    def devices(self, workers: str, per_gpu: int = 1) -> list[Device]:
         gpus, cpus = self._total("GPU"), self._total("CPU")
         if workers != "auto" and not (workers.isdecimal() and int(workers)):
             raise SearchError(
@@ -110,7 +111,8 @@ class RayEngine:
             )
         if not (gpus or cpus):
             raise SearchError("the cluster has neither GPU nor CPU to give to a worker")
-        count = int(workers) if workers != "auto" else gpus or cpus
+        devices.check_per_gpu(workers, per_gpu, gpus)
+        count = int(workers) if workers != "auto" else gpus * per_gpu or cpus
         if not gpus:
             logger.info("the cluster has no GPU: workers run on its %d cores", cpus)
         # More workers than GPUs share them; more than cores, too.
@@ -122,8 +124,11 @@ class RayEngine:
         if not gpus:
             threads = max(1, int(self._share["num_cpus"]))
         if workers == "auto":
-            self._counted = "GPU" if gpus else "CPU"
-        self._device, self._num_workers = Device(threads, "of the cluster" if gpus else None), count
+            self._counted, self._per_counted = ("GPU", per_gpu) if gpus else ("CPU", 1)
+        self._device, self._num_workers = Device(threads), count
+        if gpus:
+            share = 1 / math.ceil(count / gpus)
+            self._device = Device(threads, "of the cluster", share=share)
         return [self._device] * count
 
     def joined(self) -> list[Device]:
@@ -144,7 +149,8 @@ class RayEngine:
             except SearchError as error:
                 self._unfit.add(node)
                 logger.warning("%s; it is not used", error)
-        added = max(0, self._total(self._counted) - self._num_workers) if self._counted else 0
+        most = self._total(self._counted) * self._per_counted if self._counted else 0
+        added = max(0, most - self._num_workers)
         if added:
             logger.info("nodes have joined: %d more worker%s", added, "" if added == 1 else "s")
         self._num_workers += added

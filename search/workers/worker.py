@@ -129,7 +129,10 @@ def _describe(study: Study) -> Message:
 
 
 def _keras_tasks(study: Study, settings: Message) -> Any:
+    from search.training import backend
     from search.training.keras_tasks import KerasTasks
+
+    backend.keep_to_share()  # before anything lies on a GPU
 
     return KerasTasks(study, settings)
 

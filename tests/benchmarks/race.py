@@ -163,7 +163,7 @@ def study_file(dataset: str, scratch: Path, *, known: bool) -> Path:
         "from tests.benchmarks.race import watched\n\n"
         f"space = watched(whole.space, {dataset!r}, Path({str(scratch.absolute())!r}))\n"
         f"known_points = whole.known_points if {known} else ()\n"
-        "study = replace(whole, name=\"cnn\", space=space, known_points=known_points)\n"
+        'study = replace(whole, name="cnn", space=space, known_points=known_points)\n'
     )
     return file
 

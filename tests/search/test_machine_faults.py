@@ -76,6 +76,17 @@ def test_n3_an_error_of_memory_passes_where_a_trial_is_alone(tmp_path):
         check_alone(trials, attempts[-1])
 
 
+def test_n3_an_error_of_a_shared_gpu_s_memory_passes_where_a_trial_has_all_of_it(tmp_path):
+    command = Command(tmp_path, DUMMY_FAULT="memory-error", CUDA_VISIBLE_DEVICES="0")
+    code, output = command.run("--trials", "6", "--per-gpu", "3", "--pruner", "none")
+    assert code == 0, output
+    invariants.check(command.folder, command.log, 6)
+    shares = {(at["trial"], at["attempt"]): at["gpu_share"] for at in command.entries("begin")}
+    again = {(2, 2), (3, 2)}
+    assert {at: share for at, share in shares.items() if at in again} == dict.fromkeys(again, 1.0)
+    assert {round(share, 3) for at, share in shares.items() if at not in again} == {0.333}
+
+
 def check_alone(trials, alone):
     """No other attempt ran beside this one."""
     for trial in trials:

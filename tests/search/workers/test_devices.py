@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from search.errors import SearchError
 from search.workers import cgroup, devices
+from search.workers.devices import Device
 
 LISTING = """\
 GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77)
@@ -21,6 +23,54 @@ def test_a_gpu_that_is_divided_counts_by_its_instances():
     ]
     assert devices._names(LISTING) == [*instances, "1"]
     assert devices._names("") == []
+
+
+def smi(folder, script):
+    """A driver's program that says this."""
+    folder.mkdir(exist_ok=True)
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+
+
+@pytest.fixture
+def two_gpus(tmp_path, monkeypatch):
+    smi(tmp_path, "echo 'GPU 0: a card (UUID: GPU-1)'; echo 'GPU 1: a card (UUID: GPU-2)'")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "cores", lambda: 16)
+
+
+@pytest.mark.parametrize(
+    ("workers", "per_gpu", "count", "share"),
+    [("auto", 1, 2, 1.0), ("auto", 3, 6, 1 / 3), ("2", 1, 2, 1.0), ("3", 1, 3, 0.5)],
+)
+def test_workers_on_one_gpu_have_even_shares(two_gpus, workers, per_gpu, count, share):
+    found = devices.share_out(workers, per_gpu)
+    assert [device.gpu for device in found] == ["0", "1", "0", "1", "0", "1"][:count]
+    assert {device.share for device in found} == {share}
+    fractions = {d.environment().get("XLA_CLIENT_MEM_FRACTION") for d in found}
+    assert fractions == {None if share == 1.0 else f"{0.9 * share:.3f}"}
+
+
+def test_per_gpu_is_refused_where_it_can_t_apply(two_gpus, monkeypatch):
+    with pytest.raises(SearchError, match=r"--workers 4 is their number, so --per-gpu 2 can't"):
+        devices.share_out("4", 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SearchError, match="--per-gpu 2 can't apply: there is no GPU"):
+        devices.share_out("auto", 2)
+
+
+@pytest.mark.parametrize(
+    ("share", "said", "megabytes"),
+    [(0.5, "81559", 36701), (1.0, "81559", 0), (0.5, "[N/A]", 0), (0.5, "", 0)],
+)
+def test_a_worker_s_megabytes_of_a_shared_gpu(tmp_path, monkeypatch, share, said, megabytes):
+    # Only where it is asked for the one GPU that is this worker's.
+    smi(tmp_path, f"case \"$*\" in *--id=1*) echo '{said}';; esac")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name, value in Device(1, "1", share=share).environment().items():
+        monkeypatch.setenv(name, value)
+    assert devices.gpu_memory() == megabytes
 
 
 @pytest.fixture

@@ -476,6 +476,51 @@ def test_a_task_that_is_alone_leaves_other_hosts_alone(make):
     assert [worker.killed for worker in engine.started] == [False, False]
 
 
+@pytest.fixture
+def sharing(make):
+    """A pool of two workers, idle, with half of a GPU's memory each."""
+    pool, engine = make(2)
+    for slot in pool.slots:
+        slot.device = Device(1, "0", share=0.5)
+    for worker in engine.started:
+        worker.be_ready()
+    while len(pool.idle()) < 2:
+        heard(pool)
+    return pool, engine
+
+
+def test_a_task_that_is_alone_has_its_gpu_s_whole_memory(sharing):
+    pool, engine = sharing
+    slot = pool.slots[1]
+    pool.give(slot, 4, 2, {"task": "trial"}, alone=True)
+    other, own = engine.started[2:]
+    assert (other.device.share, own.device.share) == (0.5, 1.0)
+    assert own.hear() == [OPENING]  # not ready to be told more
+    own.be_ready()
+    heard(pool)
+    assert own.hear() == [{"type": "start", "trial": 4, "attempt": 2, "task": "trial"}]
+    own.say("finished", trial=4, attempt=2, outcome="complete", rss=1)
+    (event,) = heard(pool)
+    assert event.message["outcome"] == "complete"
+    assert own.killed
+    assert engine.started[-1].device.share == 0.5
+
+
+@pytest.mark.parametrize("how", ["dies", "fails"])
+def test_a_task_that_waits_for_its_worker_is_lost_with_it(sharing, how):
+    pool, engine = sharing
+    pool.give(pool.slots[1], 4, 2, {"task": "trial"}, alone=True)
+    own = engine.started[-1]
+    if how == "dies":
+        own.die()
+    else:
+        pool.space = {"space": []}
+        own.say("failed", message="no device")
+    (event,) = heard(pool)
+    assert (event.task.trial, event.lost is not None) == (4, True)
+    assert engine.started[-1].device.share == 0.5
+
+
 @pytest.mark.parametrize(
     ("gpus", "hosts", "shares"),
     [

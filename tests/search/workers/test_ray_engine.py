@@ -41,13 +41,14 @@ class Ray:
 
     def __init__(self, says):
         self.num_nodes = 1
+        self.has = {"CPU": 2}  # each node
         self.actor = Actor(says)
         self.options = []  # of each actor
         self.num_classes = 0
 
     def nodes(self):
         names = NODES[: self.num_nodes]
-        return [{"NodeID": name, "Alive": True, "Resources": {"CPU": 2}} for name in names]
+        return [{"NodeID": name, "Alive": True, "Resources": self.has} for name in names]
 
     def put(self, content):
         return content
@@ -115,6 +116,17 @@ def test_a_node_that_joins_when_nothing_can_be_shared_is_left_out(make, tmp_path
     assert caplog.text.count("could not be written") == 1
     lost(engine)
     assert ray.options[0]["label_selector"] == {"ray.io/node-id": f"!in({NODES[1]})"}
+
+
+def test_workers_share_gpus_also_those_of_nodes_that_join(make):
+    engine, ray = make(begin=[BEGUN], receive=[b""], end=[{}])
+    ray.has = {"CPU": 8, "GPU": 2}
+    found = engine.devices("auto", 2)
+    assert [device.share for device in found] == [0.5] * 4
+    engine.start(found[0], 0).kill()
+    assert ray.options[0]["num_gpus"] == 0.5
+    ray.num_nodes = 2
+    assert len(engine.joined()) == 4
 
 
 def test_all_workers_are_actors_of_one_class(make):
