@@ -229,7 +229,7 @@ class Coordinator:
                 del self._running[slot.index]
                 if trial.told:
                     return
-                may_fit_alone = not trial.is_alone and pool.shares_gpu(slot)
+                may_fit_alone = not trial.is_alone and pool.shares_memory(slot)
                 if message["outcome"] == OUT_OF_MEMORY and may_fit_alone:
                     self._lost(trial, f"ran out of memory: {message['reason']}", OUT_OF_MEMORY)
                 else:

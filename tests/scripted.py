@@ -39,7 +39,7 @@ class ScriptedPool:
     def busy(self):
         return [slot for slot in self.slots if slot.task is not None]
 
-    def shares_gpu(self, slot):
+    def shares_memory(self, slot):
         return slot.device.gpu is None
 
     def can_widen(self):

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from search.workers.devices import MOST_PER_GPU
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 PRECISIONS = ["auto", "float32", "bfloat16"]
 _BYTES = {"": 0, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -81,8 +83,8 @@ verbosity = _options(
 )
 working = _options(
     click.option("--workers", default="auto", help="auto (one per GPU, or per core) or a number."),
-    click.option("--per-gpu", type=click.IntRange(1, 16), default=1, show_default=True,
-                 help="Workers on each GPU, which share its memory evenly."),
+    click.option("--per-gpu", type=click.IntRange(1, MOST_PER_GPU), default=1, show_default=True,
+                 help="Workers on each GPU, where --workers is auto; they share its memory."),
     click.option("--max-attempts", type=click.IntRange(1, 1000), default=3, show_default=True,
                  help="Of a trial whose worker dies."),
     click.option("--silence", type=Duration(),

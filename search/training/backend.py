@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,12 +21,17 @@ import numpy as np
 
 from search.workers.devices import gpu_memory, has_bfloat16
 
+logger = logging.getLogger("search")
+
 VALIDATION_BATCH = 500  # divides 2 500 and 10 000: one shape, traced once
 _ALIGNMENT = 64  # bytes, of TensorFlow's arrays; a .npy file's data begins at a multiple of it
 # On a GPU a step of a small model is over before Python has sent the next one.
 _MOST_AT_ONCE = 50
 _OF_THE_GPU = 0.25  # its memory's share that a training set may take
-_EACH_BATCH = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end")
+_EACH_BATCH = (
+    *("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end"),
+    *("on_test_batch_begin", "on_test_batch_end"),
+)
 
 
 @dataclass(frozen=True)
@@ -74,9 +80,12 @@ def keep_to_share() -> None:
     if (limit := gpu_memory()) and keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        for gpu in tf.config.list_physical_devices("GPU"):
-            own = tf.config.LogicalDeviceConfiguration(memory_limit=limit)
-            tf.config.set_logical_device_configuration(gpu, [own])
+        own = tf.config.LogicalDeviceConfiguration(memory_limit=limit)
+        try:
+            for gpu in tf.config.list_physical_devices("GPU"):
+                tf.config.set_logical_device_configuration(gpu, [own])
+        except RuntimeError as error:  # the study's file has used it
+            logger.warning("the GPU's memory is shared as workers take it: %s", error)
 
 
 def visible_gpus() -> int:
@@ -98,14 +107,21 @@ def steps_at_once(
     """How many steps each call of the train function makes; they divide a report, beyond whose end
     Keras would go else. On a GPU many, unless a callback is to be told of each."""
     own = math.gcd(model.steps_per_execution, steps_per_report)
-    if model.steps_per_execution > 1 or not visible_gpus() or any(map(_sees_batches, callbacks)):
+    one_by_one = model.run_eagerly or any(map(_sees_batches, callbacks))
+    if model.steps_per_execution > 1 or one_by_one or not visible_gpus():
         return own
     return max(n for n in range(1, _MOST_AT_ONCE + 1) if steps_per_report % n == 0)
 
 
 def _sees_batches(callback: keras.callbacks.Callback) -> bool:
+    """Whether it does anything then; the loss that TerminateOnNaN sees is a mean, which stays NaN
+    until a report's end."""
+    if isinstance(callback, keras.callbacks.TerminateOnNaN):
+        return False
     plain = keras.callbacks.Callback
-    return any(getattr(type(callback), name) is not getattr(plain, name) for name in _EACH_BATCH)
+    # A LambdaCallback has its functions in the instance.
+    own = (getattr(getattr(callback, name), "__func__", None) for name in _EACH_BATCH)
+    return any(f is not getattr(plain, name) for f, name in zip(own, _EACH_BATCH, strict=True))
 
 
 def training_batches(
@@ -131,15 +147,14 @@ def feeding(
     model: keras.Model, x: Rows | np.ndarray, y: np.ndarray, order: np.ndarray, batch_size: int
 ) -> Iterator[Iterable]:
     """The `training_batches` for a `fit` of this model, whose `steps_per_execution` is set. On JAX
-    and a GPU the data lie there as they are (images as uint8), and it reads positions only."""
-    if keras.backend.backend() != "jax" or not visible_gpus() or not _fits(as_rows(x)):
+    and a GPU images lie there as uint8, and it reads their positions only."""
+    batches = order.reshape(-1, model.steps_per_execution, batch_size)
+    if not (steps := _steps_on_device(model, as_rows(x), y, batches[0])):
         yield training_batches(x, y, order, batch_size)
         return
-    # Else `fit` would build loss and metrics by what it reads.
-    model._symbolic_build(data_batch=next(_numpy_batches(as_rows(x), y, order[:1].reshape(1, 1))))
-    model.train_function = _steps_on_device(model, as_rows(x), y)
+    model.train_function = steps
     try:
-        yield ((chosen,) for chosen in order.reshape(-1, model.steps_per_execution, batch_size))
+        yield ((chosen,) for chosen in batches)
     finally:
         model.train_function = None
 
@@ -202,11 +217,25 @@ def _fits(rows: Rows) -> bool:
     return len(rows) * each <= _OF_THE_GPU * limit
 
 
-def _steps_on_device(model: keras.Model, rows: Rows, y: np.ndarray) -> Callable[..., Any]:
+def _steps_on_device(
+    model: keras.Model, rows: Rows, y: np.ndarray, first: np.ndarray
+) -> Callable[..., Any] | None:
     """A train function, as Keras makes one on JAX, whose data lie on the device and which makes
-    the steps of one call there, without asking Python in between."""
+    the steps of one call there, without asking Python in between. None where there is no GPU, no
+    room, or a model that is not to be compiled, or can't be.
+
+    Args:
+        first: (steps, batch_size) positions, as each call will get them.
+    """
+    if keras.backend.backend() != "jax" or not visible_gpus() or model.run_eagerly:
+        return None
+    # Activations are mapped from disk, and may be many times as large.
+    if rows.array.dtype != np.uint8 or not _fits(rows):
+        return None
     import jax
 
+    # Else `fit` would build loss and metrics by what it reads, which is positions.
+    model._symbolic_build(data_batch=(rows.array[rows.positions[first[0]]], y[first[0]]))
     data = jax.device_put((rows.array[rows.positions], y))
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -222,6 +251,12 @@ def _steps_on_device(model: keras.Model, rows: Rows, y: np.ndarray) -> Callable[
         (batches,) = next(iterator)
         return steps(state, data, batches)
 
+    parts = ("trainable", "non_trainable", "optimizer", "metrics")
+    state = model._get_jax_state(**{f"{part}_variables": True for part in parts})
+    try:  # Keras runs what can't be compiled step by step; a trace is kept for the first call
+        jax.eval_shape(steps, state, data, first)
+    except Exception:
+        return None
     return train_function
 
 

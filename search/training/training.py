@@ -85,7 +85,10 @@ def train(
             callback, plan.reports_per_epoch, has_validation=validation_data is not None
         )
     _build(model, train_data[1][:1])
-    model.steps_per_execution = backend.steps_at_once(model, callbacks, plan.steps_per_report)
+    at_once = backend.steps_at_once(model, callbacks, plan.steps_per_report)
+    if at_once != model.steps_per_execution:
+        model.steps_per_execution = at_once
+        model.train_function = model.test_function = None  # the space may have had them made
     callbacks, done = list(callbacks), 0
     if checkpoints:
         checkpoints.watch(model, callbacks)

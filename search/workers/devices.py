@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 import shutil
@@ -17,6 +16,8 @@ from search.errors import EXIT_USAGE, SearchError
 from search.workers import cgroup
 
 logger = logging.getLogger("search")
+
+MOST_PER_GPU = 16  # workers
 
 _WORKERS = "FMNIST_SEARCH_WORKERS"  # in a worker's environment
 _SHARE = "FMNIST_SEARCH_GPU_SHARE"
@@ -128,9 +129,12 @@ def gpu_memory() -> int:
     try:
         asked = [command, *fields, chosen]
         said = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    if not said.isdecimal():
+        logger.warning("%s does not say how much memory the GPU has: %s", command, said)
         return 0
-    return int(_FOR_ALL * share * int(said)) if said.isdecimal() else 0
+    return int(_FOR_ALL * share * int(said))
 
 
 def share_out(workers: str, per_gpu: int = 1) -> list[Device]:
@@ -141,8 +145,8 @@ def share_out(workers: str, per_gpu: int = 1) -> list[Device]:
         per_gpu: with "auto".
 
     Raises:
-        SearchError: if it is neither, or more than four workers would share a core or a GPU; or if
-            there is no GPU to share.
+        SearchError: if it is neither, or a number above four for each core or GPU; or if there is
+            no GPU to share.
     """
     found, available = gpus(), cores()
     check_per_gpu(workers, per_gpu, len(found))
@@ -159,12 +163,18 @@ def share_out(workers: str, per_gpu: int = 1) -> list[Device]:
     threads = max(1, available // count)
     if not found:
         return [Device(threads, None, count)] * count
-    share = 1 / math.ceil(count / len(found))
-    return [Device(threads, found[i % len(found)], count, share) for i in range(count)]
+    each = [count // len(found) + (gpu < count % len(found)) for gpu in range(len(found))]
+    at = (i % len(found) for i in range(count))
+    return [Device(threads, found[gpu], count, 1 / each[gpu]) for gpu in at]
 
 
 def check_per_gpu(workers: str, per_gpu: int, num_gpus: int) -> None:
     """Raises SearchError where --per-gpu can't apply."""
+    if not (isinstance(per_gpu, int) and 1 <= per_gpu <= MOST_PER_GPU):
+        raise SearchError(
+            f"--per-gpu is a number from 1 to {MOST_PER_GPU}. Received: {per_gpu!r}",
+            exit_code=EXIT_USAGE,
+        )
     if per_gpu > 1 and workers != "auto":
         raise SearchError(
             f"--workers {workers} is their number, so --per-gpu {per_gpu} can't apply. Give one of "

@@ -253,11 +253,11 @@ class Pool:
         for slot in self.busy():
             self._restart(slot)
 
-    def shares_gpu(self, slot: Slot) -> bool:
+    def shares_memory(self, slot: Slot) -> bool:
         """Whether another slot may take memory of this one's GPU, or it has none of its own."""
         mine = slot.host, slot.device.gpu
         others = ((other.host, other.device.gpu) for other in self.slots if other is not slot)
-        return slot.device.gpu is None or mine in others
+        return slot.device.gpu is None or slot.device.share < 1.0 or mine in others
 
     def answer(self, slot: Slot, **content: Any) -> None:
         if slot.task is not None:
@@ -326,7 +326,9 @@ class Pool:
             # A child of the worker's may hold its socket open: then no end of file tells its death.
             if slot.worker and not slot.worker.is_alive() and not slot.worker.channel.is_readable():
                 yield from self._lost(slot)
-            elif slot.task and (why := slot.task.overdue(self._silence, self._listened)):
+            elif not (slot.task and slot.ready):
+                continue
+            elif why := slot.task.overdue(self._silence, self._listened):
                 yield from self._end_late(slot, slot.task, why)
 
     def _excuse(self, seconds: float, now: float) -> None:
@@ -353,6 +355,7 @@ class Pool:
                     "Put it back and type the same command, or take another --out"
                 )
             if slot.task:  # has waited for it
+                slot.task.started = slot.task.heard = time.monotonic()
                 self._begin(slot, slot.task)
             return None
         if type_ == "failed":

@@ -125,10 +125,8 @@ class RayEngine:
             threads = max(1, int(self._share["num_cpus"]))
         if workers == "auto":
             self._counted, self._per_counted = ("GPU", per_gpu) if gpus else ("CPU", 1)
-        self._device, self._num_workers = Device(threads), count
-        if gpus:
-            share = 1 / math.ceil(count / gpus)
-            self._device = Device(threads, "of the cluster", share=share)
+        # Those that share a GPU share its memory as they come, as Ray has it.
+        self._device, self._num_workers = Device(threads, "of the cluster" if gpus else None), count
         return [self._device] * count
 
     def joined(self) -> list[Device]:

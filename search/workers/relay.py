@@ -20,7 +20,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ class Relay:
         self._place(files)
         # Ray has chosen the GPU, and says so where a local engine does.
         if device.gpu is not None:
-            device = replace(device, gpu=os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+            device = Device(device.threads, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         os.environ |= {"KERAS_HOME": self._own(home), "KERAS_BACKEND": backend}
         self._mapped[home] = self._own(home)
         logs = Path(self._own(self._folder)) / "logs" / str(os.getpid())

@@ -152,6 +152,18 @@ def watched(space: type, dataset: str, folder: Path) -> type:
     return Watched
 
 
+def without_known_points(name: str, folder: Path) -> Path:
+    """A file with a study of that name, whose points are all drawn."""
+    file = folder / f"{name}.py"
+    file.write_text(
+        f'"""Study {name} without its known points."""\n\n'
+        "from dataclasses import replace\n\n"
+        f"from studies.{name} import study as whole\n\n"
+        f'study = replace(whole, name="{name}", known_points=())\n'
+    )
+    return file
+
+
 def study_file(dataset: str, scratch: Path, *, known: bool) -> Path:
     """Of study cnn, watched."""
     file = scratch / "cnn.py"

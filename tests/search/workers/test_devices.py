@@ -41,15 +41,26 @@ def two_gpus(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("workers", "per_gpu", "count", "share"),
-    [("auto", 1, 2, 1.0), ("auto", 3, 6, 1 / 3), ("2", 1, 2, 1.0), ("3", 1, 3, 0.5)],
+    ("workers", "per_gpu", "shares"),
+    [
+        ("auto", 1, [1.0, 1.0]),
+        ("auto", 3, [1 / 3] * 6),
+        ("2", 1, [1.0, 1.0]),
+        ("3", 1, [0.5, 1.0, 0.5]),
+    ],
 )
-def test_workers_on_one_gpu_have_even_shares(two_gpus, workers, per_gpu, count, share):
+def test_workers_on_one_gpu_have_even_shares(two_gpus, workers, per_gpu, shares):
     found = devices.share_out(workers, per_gpu)
-    assert [device.gpu for device in found] == ["0", "1", "0", "1", "0", "1"][:count]
-    assert {device.share for device in found} == {share}
-    fractions = {d.environment().get("XLA_CLIENT_MEM_FRACTION") for d in found}
-    assert fractions == {None if share == 1.0 else f"{0.9 * share:.3f}"}
+    assert [device.gpu for device in found] == ["0", "1", "0", "1", "0", "1"][: len(shares)]
+    assert [device.share for device in found] == shares
+    fractions = [d.environment().get("XLA_CLIENT_MEM_FRACTION") for d in found]
+    assert fractions == [None if share == 1.0 else f"{0.9 * share:.3f}" for share in shares]
+
+
+@pytest.mark.parametrize("per_gpu", [0, -1, 17, "2", 1.5])
+def test_per_gpu_is_a_small_number(two_gpus, per_gpu):
+    with pytest.raises(SearchError, match=f"from 1 to 16. Received: {per_gpu!r}"):
+        devices.share_out("auto", per_gpu)
 
 
 def test_per_gpu_is_refused_where_it_can_t_apply(two_gpus, monkeypatch):

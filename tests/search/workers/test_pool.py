@@ -506,6 +506,25 @@ def test_a_task_that_is_alone_has_its_gpu_s_whole_memory(sharing):
     assert engine.started[-1].device.share == 0.5
 
 
+def test_a_task_that_waits_for_its_worker_is_not_late(sharing):
+    pool, engine = sharing
+    pool.give(pool.slots[1], 4, 2, {"task": "trial"}, timeout=0.3, alone=True)
+    time.sleep(0.4)
+    assert heard(pool) == []
+    engine.started[-1].be_ready()
+    assert heard(pool) == []  # its time begins now
+    events = []
+    while not events:
+        events = heard(pool)
+    assert events[0].kind == "timeout"
+
+
+def test_one_that_may_not_take_all_of_its_gpu_s_memory_may_fit_alone(make):
+    pool, _ = make(1)
+    pool.slots[0].device = Device(1, "0", share=0.5)
+    assert pool.shares_memory(pool.slots[0])
+
+
 @pytest.mark.parametrize("how", ["dies", "fails"])
 def test_a_task_that_waits_for_its_worker_is_lost_with_it(sharing, how):
     pool, engine = sharing
@@ -537,7 +556,7 @@ def test_who_shares_a_gpu(make, gpus, hosts, shares):
         worker.be_ready()
     while len(pool.idle()) < 2:
         heard(pool)
-    assert [pool.shares_gpu(slot) for slot in pool.slots] == [shares] * 2
+    assert [pool.shares_memory(slot) for slot in pool.slots] == [shares] * 2
 
 
 def test_a_device_that_joins_gets_a_worker(make):

