@@ -129,6 +129,7 @@ class _Journey:
         self._options = options
         self._view = view
         self._database = database
+        self._snapshots = database.snapshots()
         # To read only, until it is known that this run belongs to it.
         self._study = database.read(entry.name)
         self._has_begun = False  # what this run was asked is stored
@@ -283,7 +284,7 @@ class _Journey:
             "workers" if len(pool.slots) > 1 else "worker",
             f", {ready['precision']}" if ready["precision"] else "",
         )
-        if not self._database.snapshots():
+        if not self._snapshots:
             logger.info(
                 "%s keeps no snapshots here: back it up as a database", self._database.label
             )
@@ -361,11 +362,9 @@ class _Journey:
                     row.state, row.number, row.value, reports=row.reports, seconds=row.seconds
                 )
         self._view.saved = results.saved_share(study)
-        snapshots = self._database.snapshots()
         points = run["known_points"]
-        Coordinator(study, settings, points, self._view, logs, snapshots).search(pool)
-        if snapshots:
-            snapshots.take()
+        Coordinator(study, settings, points, self._view, logs, self._snapshots).search(pool)
+        self._take_snapshot()
         if self._num_finished() >= settings.trials and not results.winners(study, 1):
             raise SearchError(
                 f"all {settings.trials} trials of {settings.name!r} are finished and none is "
@@ -387,6 +386,10 @@ class _Journey:
         retraining.train(pool)
         comparison.tell(study, retraining.jobs)  # those whose last word a kill has cut off
 
+    def _take_snapshot(self) -> None:
+        if self._snapshots:
+            self._snapshots.take()
+
     def _retraining(
         self, settings: Settings, save: Callable[[Job], None] | None = None
     ) -> Retraining:
@@ -394,13 +397,22 @@ class _Journey:
         assert study is not None
         assert run is not None
         jobs = comparison.jobs_of if settings.kind == "comparison" else jobs_of
+
+        def saved(job: Job) -> None:
+            if save:
+                save(job)
+            else:
+                study.set_user_attr(job.key, job.record)
+            if self._snapshots:
+                self._snapshots.take_if_due()
+
         return Retraining(
             jobs(study, settings),
             settings,
             images_per_epoch=run["images_per_epoch"],
             folder=self._folder,
             view=self._view,
-            save=save or (lambda job: study.set_user_attr(job.key, job.record)),
+            save=saved,
         )
 
     def _write(self, settings: Settings, jobs: list[Job]) -> dict[str, Any]:
@@ -415,6 +427,7 @@ class _Journey:
         if plots := self._plots():
             notes.save_plots(self._study, plots)
         self._study.set_user_attr("measured", self._measured(jobs))
+        self._take_snapshot()
         return figures
 
     def _plots(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The whole journey in a few minutes on two CPU cores: scikit-learn's digits, small networks.
+"""The whole journey in half a minute on two CPU cores: scikit-learn's digits, small networks.
 
 Goal:
     See a search work from end to end; the best network reads about 98 % of the digits.

@@ -113,14 +113,14 @@ def move(study: str, source: str, target: str) -> None:
 def repair(study: str, out: Path | None, storage: str | None) -> None:
     """Put the newest snapshot in the place of a damaged study file.
 
-    The coordinator takes one every five minutes and at the end of a search. What was trained since
-    is trained again by the command that began the run.
+    A run takes one every five minutes, at the end of its search and at its own. What was trained
+    since is trained again by the command that began the run.
 
     \b
     Example:
       fmnist-search repair --study cnn
     """
-    from search import catalogue
+    from search import catalogue, folders
     from search.storage import snapshots
     from search.storage import storage as stores
     from search.storage.sqlite_file import SqliteFile
@@ -141,7 +141,7 @@ def repair(study: str, out: Path | None, storage: str | None) -> None:
             f"{path.parent} can't be written; make it writable, or copy it elsewhere and take "
             "--out COPY"
         )
-    with database.lock(entry.name):
+    with folders.umask(folders.PRIVATE), database.lock(entry.name):
         restored = snapshots.restore(path)
     click.echo(f"{path} is {restored.snapshot} now, with {restored.num_trials} finished trials")
     if restored.aside:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -110,12 +111,13 @@ def report(
     Example:
       fmnist-search report --study cnn --open
     """
-    from search import catalogue
+    from search import catalogue, folders
     from search.report import report
 
     opened, folder = runs.opened(study, out, storage)
-    path = file or folder / report.NAME
-    report.write(opened, folder, path, catalogue.find(study).summary)
+    path, summary = file or folder / report.NAME, catalogue.find(study).summary
+    with nullcontext() if file else folders.umask(folders.PRIVATE):  # like all of a run's files
+        report.write(opened, folder, path, summary)
     click.echo(path)
     if opens:
         click.launch(str(path))

@@ -162,6 +162,12 @@ def test_the_config_names_all_that_is_needed(run_folder):
     assert re.fullmatch("[0-9a-f]{64}", config["dataset"]["sha256"])
 
 
+def test_the_newest_snapshot_holds_the_winners_too(run_folder):
+    newest = max((run_folder / "snapshots").iterdir())
+    kept = storage.read_study(f"sqlite:///{newest}", "quickstart").user_attrs
+    assert kept == study_of(run_folder).user_attrs
+
+
 def test_typed_again_it_says_that_all_is_done(run_folder):
     before = {p: p.stat().st_mtime_ns for p in run_folder.rglob("*.keras")}
     began = time.monotonic()

@@ -155,6 +155,10 @@ def test_t1_a_clock_that_jumps_an_hour(tmp_path, seconds):
 def test_a_run_is_private(tmp_path):
     command = Command(tmp_path, DUMMY_SLEEP="0.01")
     assert command.run("--trials", "2", "--workers", "1", "--log", "csv")[0] == 0
+    (command.folder / "report.html").unlink()
+    assert command.run(program=("search", "report"))[0] == 0
+    (command.folder / "study.db").write_text("damaged")
+    assert command.run(program=("search", "repair"))[0] == 0
     for path in (command.folder, *command.folder.rglob("*")):
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode == (0o700 if path.is_dir() else 0o600), path
