@@ -27,6 +27,7 @@ COLUMNS = 96
 # Of the report: the answer, and how the search went.
 REPORT_SIZE = (1200, 2000)
 DASHBOARD_SIZE = (1200, 1100)
+LAST = 100_000  # characters: the run's last words are among them
 COLOURS = 128  # a palette: a tenth of the bytes, and nothing that shows
 
 
@@ -42,6 +43,7 @@ def main(after: float, folder: Path, options: tuple[str, ...]) -> None:
         screen = last_frame(terminal.text)
         while terminal.process.poll() is None:
             terminal.read(60)
+            terminal.text = terminal.text[-LAST:]  # an hour of frames is many megabytes
         terminal.read(1)
     finally:
         terminal.close()
