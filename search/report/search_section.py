@@ -48,7 +48,7 @@ def _warnings(run: Run) -> list[Html]:
         left = f" The first 50 of {len(failed)}." if len(failed) > 50 else ""
         made.append(
             page.folded(
-                f"{len(failed)} trials ended without a value and not by pruning",
+                f"Trials that ended without a value, and not by pruning: {len(failed)}",
                 [page.table(("trial", "why"), rows), page.paragraph(left)],
             )
         )

@@ -45,7 +45,7 @@ def loading(monkeypatch, tmp_path):
 def test_installed_studies_are_listed_by_their_source():
     entries = {entry.name: entry for entry in catalogue.studies()}
     assert {"cnn", "quickstart"} <= set(entries)
-    assert entries["quickstart"].summary.startswith("The whole journey in a few minutes")
+    assert entries["quickstart"].summary.startswith("The whole journey in half a minute")
     for entry in entries.values():
         assert entry.file.stem == entry.name
         assert entry.summary == ast.get_docstring(ast.parse(entry.file.read_text())).split("\n")[0]
