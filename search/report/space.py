@@ -229,7 +229,8 @@ def contour_figure(study: optuna.Study, params: Sequence[str], value_name: str) 
         selector={"type": "scatter"},
         marker={"color": theme.INK, "size": 5, "opacity": 0.7, "line": {"width": 0}},
     )
-    return theme.styled(figure)
+    # Long numbers along a logarithm would lie on one another.
+    return theme.styled(figure.update_xaxes(nticks=4, tickangle=0))
 
 
 def _values(complete: Sequence[FrozenTrial]) -> dict[str, int]:

@@ -66,8 +66,10 @@ def _of_one(run: Run, winner: Winner) -> list[Html]:
             least_width=min(size, 560),
         )
     )
+    num_seeds = len(winner["seeds"])
+    seeds = "one seed" if num_seeds == 1 else f"mean over {num_seeds} seeds"
     made += [
-        page.heading("By class", f"Mean over {len(winner['seeds'])} seeds, on the test set."),
+        page.heading("By class", f"On the test set, {seeds}."),
         page.table(("class", "precision", "recall", "F1", "images"), _classes(winner, names)),
     ]
     if not predictions:
