@@ -166,7 +166,7 @@ def test_a_run_ends_with_its_report_which_can_be_made_again(tmp_path):
         "Calibration",
     ):
         assert f"<h3>{heading}</h3>" in content or heading == "Misclassified images"
-    assert "The whole journey in a few minutes" in content
+    assert "The whole journey in half a minute" in content
     drawn = path.stat().st_mtime_ns
     command(*small)
     assert path.stat().st_mtime_ns == drawn  # nothing had changed
