@@ -96,7 +96,7 @@ def run(
     database = storage.at(storage.url_in(folder, options.get("storage")))
     _refuse_cluster_options(options)
     if options.get("engine") != "ray":
-        devices.share_out(*_workers(options))  # refused before all else
+        devices.share_out(*devices.asked_for(options))  # refused before all else
     with ExitStack() as held:
         held.enter_context(folders.umask(folders.PRIVATE))
         folders.refuse_links(folder)
@@ -162,7 +162,7 @@ class _Journey:
         opening = {"type": "open", "file": str(self._entry.file)}
         engine = self._engine()
         with closing(engine):
-            devices_ = engine.devices(*_workers(self._options))
+            devices_ = engine.devices(*devices.asked_for(self._options))
             pool = Pool(engine, devices_, opening, self._options.get("silence"))
             return self._run_on(pool, final)
 
@@ -398,11 +398,10 @@ class _Journey:
         assert run is not None
         jobs = comparison.jobs_of if settings.kind == "comparison" else jobs_of
 
+        keep = save or (lambda job: study.set_user_attr(job.key, job.record))
+
         def saved(job: Job) -> None:
-            if save:
-                save(job)
-            else:
-                study.set_user_attr(job.key, job.record)
+            keep(job)
             if self._snapshots:
                 self._snapshots.take_if_due()
 
@@ -550,11 +549,6 @@ def described_data(reference: str) -> dict[str, Any]:
         "input_shape": list(dataset.input_shape),
         "class_names": list(dataset.class_names),
     }
-
-
-def _workers(options: dict[str, Any]) -> tuple[str, int]:
-    """How many, and how many for each GPU, as `devices.share_out` takes them."""
-    return str(options.get("workers") or "auto"), options.get("per_gpu") or 1
 
 
 def _warn_of_unseen_gpus(pool: Pool, ready: dict[str, Any]) -> None:

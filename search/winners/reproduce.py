@@ -93,8 +93,7 @@ def train(path: Path, folder: Path, options: dict[str, Any], view: View) -> dict
     """
     config = read_config(path)
     entry = catalogue.find(options.get("study") or config.get("study_file") or config["study"])
-    per_gpu = options.get("per_gpu") or 1
-    devices_ = devices.share_out(str(options.get("workers") or "auto"), per_gpu)
+    devices_ = devices.share_out(*devices.asked_for(options))
     folders.refuse_links(folder)
     with folders.umask(folders.PRIVATE), ExitStack() as held:
         folders.check(folder, "--out")

@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -166,6 +168,12 @@ def share_out(workers: str, per_gpu: int = 1) -> list[Device]:
     each = [count // len(found) + (gpu < count % len(found)) for gpu in range(len(found))]
     at = (i % len(found) for i in range(count))
     return [Device(threads, found[gpu], count, 1 / each[gpu]) for gpu in at]
+
+
+def asked_for(options: Mapping[str, Any]) -> tuple[str, int]:
+    """How many workers, and how many for each GPU, as `share_out` takes them."""
+    per_gpu = options.get("per_gpu")
+    return str(options.get("workers") or "auto"), 1 if per_gpu is None else per_gpu
 
 
 def check_per_gpu(workers: str, per_gpu: int, num_gpus: int) -> None:

@@ -60,7 +60,7 @@ def test_workers_on_one_gpu_have_even_shares(two_gpus, workers, per_gpu, shares)
 @pytest.mark.parametrize("per_gpu", [0, -1, 17, "2", 1.5])
 def test_per_gpu_is_a_small_number(two_gpus, per_gpu):
     with pytest.raises(SearchError, match=f"from 1 to 16. Received: {per_gpu!r}"):
-        devices.share_out("auto", per_gpu)
+        devices.share_out(*devices.asked_for({"workers": None, "per_gpu": per_gpu}))
 
 
 def test_per_gpu_is_refused_where_it_can_t_apply(two_gpus, monkeypatch):
