@@ -1,9 +1,12 @@
+import importlib.util
 import random
 import shutil
 
+import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers._tpe import _truncnorm
 from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
 from optuna.trial import TrialState, create_trial
 
@@ -260,6 +263,49 @@ def test_what_tpe_is_shown_makes_no_other_draw(opened, monkeypatch, num_complete
         space = {"rate": FloatDistribution(0.0, 1.0)}
         draws.append(make(**options)._sample(study, running, space))
     assert draws[0] == draws[1]
+
+
+@pytest.fixture
+def own_truncnorm():
+    """Optuna's module as it is installed."""
+    spec = importlib.util.find_spec("optuna.samplers._tpe._truncnorm")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("_ndtr", -8, 8), ("_log_ndtr", -60, 20), ("_ndtri_exp", -1000, -1e-12)],
+)
+def test_scipys_functions_are_those_that_optuna_has(own_truncnorm, name, least, most):
+    at = np.linspace(least, most, 999)
+    ours, own = (getattr(module, name) for module in (_truncnorm, own_truncnorm))
+    assert ours is not own
+    np.testing.assert_allclose(ours(at), own(at), rtol=1e-7, atol=1e-15)
+
+
+def test_a_draw_is_optunas(opened, own_truncnorm, monkeypatch):
+    study = opened()
+    number = ask(study)
+    drawn = TrialSampling(study, number, "tpe", 0).trial.relative_params
+
+    class Found:
+        called = set()
+
+        def __init__(self, name):
+            self.name, self.own = name, getattr(own_truncnorm, name)
+
+        def __call__(self, *args):
+            self.called.add(self.name)
+            return self.own(*args)
+
+    names = {"_ndtr", "_log_ndtr", "_ndtri_exp"}
+    for name in names:
+        monkeypatch.setattr(_truncnorm, name, Found(name))
+    again = TrialSampling(study, number, "tpe", 0).trial.relative_params
+    assert again == pytest.approx(drawn)
+    assert Found.called == names  # so they are what Optuna calls
 
 
 def test_tpe_groups_conditional_hyperparameters(opened):
