@@ -1,6 +1,7 @@
 import importlib.util
 import random
 import shutil
+from typing import ClassVar
 
 import numpy as np
 import optuna
@@ -291,7 +292,7 @@ def test_a_draw_is_optunas(opened, own_truncnorm, monkeypatch):
     drawn = TrialSampling(study, number, "tpe", 0).trial.relative_params
 
     class Found:
-        called = set()
+        called: ClassVar = set()
 
         def __init__(self, name):
             self.name, self.own = name, getattr(own_truncnorm, name)
