@@ -41,7 +41,7 @@ logger = logging.getLogger("search")
 FAILURES_TO_STOP = 3
 
 # Seconds for starting trials, before what the other workers say meanwhile is heard: a draw of TPE's
-# takes some 0.15 s, and a hundred workers may become idle at once.
+# takes 20 to 80 ms, and a hundred workers may become idle at once.
 ASKING = 0.05
 
 # How long a worker may take to return from a trial that was stopped, in seconds.

@@ -199,7 +199,7 @@ def show_overhead(given: argparse.Namespace) -> None:
         took = {}
         for engine in ("local", "ray") if number % 2 else ("ray", "local"):
             with tempfile.TemporaryDirectory(prefix="fmnist-search-") as name:
-                file = race.without_known_points(given.study, Path(name))
+                file = race.study_file(given.study, Path(name))
                 began = time.time()
                 options = ("--engine", engine, "--pruner", "none", "--epochs", "1")
                 if kills.start(Path(name) / engine, cores, given, *options).wait():

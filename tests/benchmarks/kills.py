@@ -106,7 +106,7 @@ def main() -> None:
     given = parser.parse_args()
     halves = halves_of_cores()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as threads:
-        race.without_known_points(given.study, Path(name))
+        race.study_file(given.study, Path(name))
         paths = Path(name) / "alone", Path(name) / "killed"
         left_alone = threads.submit(alone, paths[0], halves[0], given)
         seconds, kills = killed(paths[1], halves[1], given)

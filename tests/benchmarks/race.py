@@ -152,31 +152,30 @@ def watched(space: type, dataset: str, folder: Path) -> type:
     return Watched
 
 
-def without_known_points(name: str, folder: Path) -> Path:
-    """A file with a study of that name, whose points are all drawn."""
+def study_file(name: str, folder: Path, *, known: bool = False, watch: str = "") -> Path:
+    """A file with a study of that name.
+
+    Args:
+        known: with its known points; else all points are drawn.
+        watch: the dataset on whose validation images its trainings are watched (`watched`).
+    """
+    lines = [
+        f'"""Study {name}, as a benchmark runs it."""\n',
+        "from dataclasses import replace\n",
+        f"from studies.{name} import study as whole\n",
+        f'study = replace(whole, name="{name}")',
+    ]
+    if not known:
+        lines.append("study = replace(study, known_points=())")
+    if watch:
+        lines += [
+            "from pathlib import Path\n",
+            "from tests.benchmarks.race import watched\n",
+            f"space = watched(study.space, {watch!r}, Path({str(folder.absolute())!r}))",
+            "study = replace(study, space=space)",
+        ]
     file = folder / f"{name}.py"
-    file.write_text(
-        f'"""Study {name} without its known points."""\n\n'
-        "from dataclasses import replace\n\n"
-        f"from studies.{name} import study as whole\n\n"
-        f'study = replace(whole, name="{name}", known_points=())\n'
-    )
-    return file
-
-
-def study_file(dataset: str, scratch: Path, *, known: bool) -> Path:
-    """Of study cnn, watched."""
-    file = scratch / "cnn.py"
-    file.write_text(
-        '"""Study cnn, as it races."""\n\n'
-        "from dataclasses import replace\n"
-        "from pathlib import Path\n\n"
-        "from studies.cnn import study as whole\n"
-        "from tests.benchmarks.race import watched\n\n"
-        f"space = watched(whole.space, {dataset!r}, Path({str(scratch.absolute())!r}))\n"
-        f"known_points = whole.known_points if {known} else ()\n"
-        'study = replace(whole, name="cnn", space=space, known_points=known_points)\n'
-    )
+    file.write_text("\n".join(lines) + "\n")
     return file
 
 
@@ -184,7 +183,7 @@ def ours(name: str, seed: int, dataset: str, scratch: Path, log: Log) -> None:
     """The command as a user types it, ended by a signal when the race is over."""
     from search.storage import storage
 
-    file = study_file(dataset, scratch, known=name == "ours-known")
+    file = study_file("cnn", scratch, known=name == "ours-known", watch=dataset)
     out = scratch / "run"
     command = [sys.executable, "-m", "search", "--study", file, "--out", out, "--seed", str(seed)]
     command += ["--dataset", dataset, "--trials", "1000000", "--no-retrain", "--quiet"]

@@ -365,7 +365,7 @@ def test_e1_a_real_search_outlives_one_of_its_two_nodes(cluster, tmp_path):
     out, shared = tmp_path / "run", tmp_path / "shared"
     shared.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "search", "--study", str(race.without_known_points("cnn", tmp_path)),
+        [sys.executable, "-m", "search", "--study", str(race.study_file("cnn", tmp_path)),
          "--trials", "12", "--epochs", "1", "--sampler", "random", "--final-epochs", "1",
          "--seeds", "2", "--out", str(out), "--shared", str(shared), *of(cluster)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
