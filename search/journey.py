@@ -19,9 +19,9 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from search import artifacts, catalogue, folders, provenance, results, signals
+from search import artifacts, catalogue, folders, results, run_record, signals
 from search.coordinator import Coordinator
-from search.data import datasets, weights
+from search.data import datasets, verified
 from search.errors import (
     EXIT_DAMAGED,
     EXIT_NOTHING_USABLE,
@@ -29,14 +29,8 @@ from search.errors import (
     EXIT_USAGE,
     SearchError,
 )
-from search.report import source
-from search.settings import (
-    Settings,
-    refuse_another_space,
-    refuse_differences,
-    refuse_other_points,
-    resolve,
-)
+from search.report import drawing
+from search.settings import Settings, resolve
 from search.storage import storage
 from search.view import notes
 from search.view.progress import View
@@ -50,12 +44,6 @@ from search.workers.pool import Interrupted, Pool
 
 logger = logging.getLogger("search")
 
-
-# What the workers find out before the first trial, and the study keeps.
-_MEASURED = (
-    *("num_reports", "images_per_report", "images_per_epoch", "num_images", "precision"),
-    "pretrained",  # which known points begin from the study's weights
-)
 # Seconds that the report of an interrupted run may take; `fmnist-search report` has as long as it
 # needs. Measured on one core: 2 s for 100 trials, 40 s for 2000.
 _LAST_REPORT = 5.0
@@ -136,7 +124,8 @@ class _Journey:
 
     def go(self, final: bool) -> Outcome:
         if outcome := self._already_done(final):
-            if not self._has_report():
+            assert self._study is not None
+            if not drawing.is_drawn(self._study, self._folder, self._entry.summary):
                 self._report()
             return outcome
         try:
@@ -248,30 +237,29 @@ class _Journey:
                 f"{self._entry.name!r} as written; write the name out"
             )
         settings = self._settings(described)
-        dataset = described_data(settings.dataset) if settings.kind != "objective" else None
-        fixed = settings.fixed()
-        settings, pretrained = with_weights(settings)
+        is_objective = settings.kind == "objective"
+        dataset = None if is_objective else verified.described_data(settings.dataset)
+        named = settings
+        settings, pretrained = verified.with_weights(settings)
         pool.prepare(dataclasses.asdict(settings))
         ready = pool.wait_for_space()
-        if run := self._run():
-            self._refuse_another(run, ready, dataset, pretrained)
+        run = self._run()
+        if run:
+            names = self._entry.name, str(self._folder)
+            run_record.refuse_another(run, ready, dataset, pretrained, *names)
         self._study = self._database.open(self._entry.name, wait=pool.wait)
-        self._study.set_user_attr(
-            "run",
-            {
-                "described": described,
-                "fixed": fixed,
-                "space": ready["space"],
-                "known_points": ready["known_points"],
-                **{name: ready[name] for name in _MEASURED},
-                "dataset": dataset,
-                "weights": pretrained,
-                "file": None if catalogue.is_installed(self._entry.file) else str(self._entry.file),
-                "file_sha256": artifacts.sha256(self._entry.file),
-                "told": self._told(settings, ready["precision"], len(pool.slots)),
-                "made_with": self._made_with(),
-            },
+        record = run_record.made(
+            run,
+            self._entry.file,
+            described,
+            ready,
+            named,
+            dataset=dataset,
+            pretrained=pretrained,
+            workers=None if self._options.get("engine") == "ray" else len(pool.slots),
+            searches=self._num_finished() < settings.trials,
         )
+        self._study.set_user_attr("run", record)
         self._has_begun = True
         notes.name_metric(self._study)
         logger.info(
@@ -300,7 +288,9 @@ class _Journey:
             checkpoints=str(checkpoints.absolute()) if checkpoints else "",
         )
         if run := self._run():
-            refuse_differences(run["fixed"], settings.fixed(), settings.name, str(self._folder))
+            run_record.refuse_differences(
+                run["fixed"], settings.fixed(), settings.name, str(self._folder)
+            )
         if self._options.get("search") is False:
             settings = dataclasses.replace(settings, trials=self._num_finished())
             if settings.kind == "objective":
@@ -310,46 +300,6 @@ class _Journey:
                     exit_code=EXIT_USAGE,
                 )
         return settings
-
-    def _told(self, settings: Settings, precision: str | None, workers: int) -> dict[str, Any]:
-        """What may change from one call to the next. One that has nothing left to search keeps what
-        the search was told: its trials are those of another sampler, pruner and precision."""
-        told: dict[str, Any] = {"final_epochs": settings.final_epochs}
-        if settings.kind == "comparison" or self._num_finished() < settings.trials:
-            told |= {name: getattr(settings, name) for name in ("trials", "sampler", "pruner")}
-            told["precision"] = precision
-            # So many trials run while TPE draws the next; a cluster's number is another thing.
-            told["workers"] = None if self._options.get("engine") == "ray" else workers
-        return (self._run() or {}).get("told", {}) | told
-
-    def _made_with(self) -> list[dict[str, Any] | None]:
-        """Versions, commit and hardware, of each call where they were others than before."""
-        run = self._run()
-        before = [] if run is None else run.get("made_with", [None])  # an earlier version kept none
-        now = provenance.collect()
-        return before if before[-1:] == [now] else [*before, now]
-
-    def _refuse_another(
-        self,
-        run: dict[str, Any],
-        ready: dict[str, Any],
-        dataset: dict[str, Any] | None,
-        pretrained: dict[str, Any] | None,
-    ) -> None:
-        names = self._entry.name, str(self._folder)
-        refuse_another_space(run["space"], ready["space"], *names)
-        may_grow = run["fixed"]["kind"] != "comparison"
-        refuse_other_points(run["known_points"], ready["known_points"], *names, may_grow=may_grow)
-        if dataset:
-            refuse_differences(
-                {"data": run["dataset"]["sha256"]}, {"data": dataset["sha256"]}, *names
-            )
-        if pretrained:
-            before, now = (
-                {"weights": f"{known['label']} (SHA-256 {known['sha256'][:12] or 'none'})"}
-                for known in (run["weights"], pretrained)
-            )
-            refuse_differences(before, now, *names)
 
     def _search(self, pool: Pool, settings: Settings, logs: Logs) -> None:
         study, run = self._study, self._run()
@@ -423,60 +373,15 @@ class _Journey:
             {str(path.relative_to(self._folder)): artifacts.sha256(path) for path in written},
         )
         notes.save_answer(self._study, figures)
-        if plots := self._plots():
+        if plots := drawing.plots(self._study, self._folder):
             notes.save_plots(self._study, plots)
         self._study.set_user_attr("measured", self._measured(jobs))
         self._take_snapshot()
         return figures
 
-    def _plots(self) -> dict[str, str]:
-        """The winners' figures for the dashboard; none where they can't be drawn."""
-        from search.report import dashboard_plots
-
-        assert self._study is not None
-        try:
-            return dashboard_plots.of(source.read(self._study, self._folder))
-        except Exception as error:
-            logger.warning("the dashboard lacks the winners' figures: %s", error)
-            logger.debug("the figures failed", exc_info=True)
-            return {}
-
     def _report(self, seconds: float | None = None) -> None:
-        """Draw the run; it has reached what it was to reach, whether or not that can be drawn.
-
-        Args:
-            seconds: that it may take; None for as long as it needs.
-
-        Raises:
-            Interrupted: at a signal, at once.
-        """
-        path = self._folder / source.NAME
-        if seconds is not None:
-            logger.info("drawing %s, %.0f s at most; Ctrl-C ends that, too", path, seconds)
-        try:
-            with signals.interruptible(seconds):
-                from search.report import report  # plotly is only imported where it draws
-
-                assert self._study is not None
-                report.write(self._study, self._folder, path, self._entry.summary)
-        except TimeoutError:
-            logger.info(
-                "%s takes longer than that: `fmnist-search report` draws what there is", path
-            )
-        except Interrupted:
-            raise
-        except Exception as error:
-            logger.warning("%s could not be written: %s", path, error)
-            logger.debug("the report failed", exc_info=True)
-
-    def _has_report(self) -> bool:
-        """Whether there is one, which shows the run as it is."""
         assert self._study is not None
-        try:
-            now = source.read(self._study, self._folder, self._entry.summary)
-        except SearchError:  # said when it is drawn
-            return False
-        return source.mark_of(self._folder / source.NAME) == now.mark
+        drawing.draw(self._study, self._folder, self._entry.summary, seconds)
 
     def _measured(self, jobs: list[Job]) -> dict[str, Any]:
         """What metrics.json was made from: made again when any of it is another."""
@@ -484,14 +389,7 @@ class _Journey:
         return {"trials": self._num_finished(), "evaluations": evaluations}
 
     def _run(self) -> dict[str, Any] | None:
-        """What the study holds of the run it began as."""
-        run = None if self._study is None else self._study.user_attrs.get("run")
-        if run is not None and "dataset" not in run:
-            raise SearchError(
-                f"{self._folder} holds a run that an earlier version began; take another --out",
-                exit_code=EXIT_USAGE,
-            )
-        return run
+        return run_record.of(self._study, self._folder)
 
     def _num_finished(self) -> int:
         if self._study is None:
@@ -524,31 +422,6 @@ def _refuse_cluster_options(options: dict[str, Any]) -> None:
             f"--{given[0].replace('_', '-')} is of use with --engine ray only",
             exit_code=EXIT_USAGE,
         )
-
-
-def with_weights(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
-    """Verify pretrained weights, fetched where they have to be; the settings as workers need them,
-    and what is known of the weights, ready for JSON."""
-    if settings.weights is None:
-        return settings, None
-    with folders.umask(folders.SHARED):
-        ready = weights.ensure(settings.weights)
-    known = {"reference": settings.weights, "sha256": ready.sha256, "label": ready.label}
-    return dataclasses.replace(settings, weights=ready.path), known
-
-
-def described_data(reference: str) -> dict[str, Any]:
-    """Verify the data set, fetched where it has to be; what is known of it, ready for JSON."""
-    with folders.umask(folders.SHARED):
-        sha256 = datasets.ensure(reference)
-    dataset = datasets.find(reference)
-    return {
-        "name": dataset.name,
-        "reference": reference,
-        "sha256": sha256,
-        "input_shape": list(dataset.input_shape),
-        "class_names": list(dataset.class_names),
-    }
 
 
 def _warn_of_unseen_gpus(pool: Pool, ready: dict[str, Any]) -> None:

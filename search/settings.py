@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,75 +92,3 @@ def _refuse_useless(own: dict[str, Any], given: dict[str, Any]) -> None:
             "Leave it out, or set Study(weights=...) for a space that takes them",
             exit_code=EXIT_USAGE,
         )
-
-
-def refuse_differences(stored: dict[str, Any], now: dict[str, Any], study: str, out: str) -> None:
-    """Raises SearchError if a continued study would answer another question; says what differs."""
-    differing = [
-        f"{name} was {stored[name]!r} and is now {now[name]!r}"
-        for name in now
-        if name in stored and stored[name] != now[name]
-    ]
-    if differing:
-        raise SearchError(
-            f"{out} holds a study {study!r} of another kind: {'; '.join(differing)}. Give the "
-            "values it began with, or another --out",
-            exit_code=EXIT_USAGE,
-        )
-
-
-def refuse_another_space(
-    stored: list[dict[str, Any]], now: list[dict[str, Any]], study: str, out: str
-) -> None:
-    """The same for the space's hyperparameters: names, kinds, ranges, conditions."""
-    before, after = _by_name(stored), _by_name(now)
-    differing = [f"{name} is new" for name in after.keys() - before.keys()]
-    differing += [f"{name} is gone" for name in before.keys() - after.keys()]
-    differing += [
-        f"{name} was {_range(before[name])} and is now {_range(after[name])}"
-        for name in before.keys() & after.keys()
-        if before[name] != after[name]
-    ]
-    if differing:
-        raise SearchError(
-            f"{out} holds a study {study!r} with another space: {'; '.join(sorted(differing))}. "
-            "Put the space back as it was, or take another --out",
-            exit_code=EXIT_USAGE,
-        )
-
-
-def refuse_other_points(
-    stored: list[dict[str, Any]],
-    now: list[dict[str, Any]],
-    study: str,
-    out: str,
-    *,
-    may_grow: bool,
-) -> None:
-    """The same for the known points, whose figures are stored by their place among them. A search
-    tries those that have been added at the end; in a comparison all have been stored together."""
-    points = itertools.zip_longest(stored, now)
-    differing = next((at for at, (before, after) in enumerate(points) if before != after), None)
-    if differing is None or (may_grow and differing == len(stored)):
-        return
-    before, after = (
-        repr(points[differing]) if differing < len(points) else "none" for points in (stored, now)
-    )
-    raise SearchError(
-        f"{out} holds a study {study!r} with other known_points: number {differing} was {before} "
-        f"and is now {after}. Put them back as they were, or take another --out",
-        exit_code=EXIT_USAGE,
-    )
-
-
-def _by_name(space: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    named: dict[str, list[dict[str, Any]]] = {}
-    for hyperparameter in space:
-        named.setdefault(hyperparameter["name"], []).append(hyperparameter)
-    return named
-
-
-def _range(described: list[dict[str, Any]]) -> str:
-    return " or ".join(
-        str({name: value for name, value in one.items() if name != "name"}) for one in described
-    )

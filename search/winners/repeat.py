@@ -15,8 +15,8 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from search import folders, results, signals
+from search.data import verified
 from search.errors import EXIT_USAGE, SearchError
-from search.journey import with_weights
 from search.sampling import seed_for
 from search.settings import Settings, resolve
 from search.view.progress import View
@@ -76,7 +76,9 @@ def repeat(
         "precision", run["precision"]
     )  # of the search; winners may have had another
     settings = resolve(run["described"], str(file), {**options, "precision": precision})
-    settings, _ = with_weights(dataclasses.replace(settings, folder=str(folder.absolute())))
+    settings, _ = verified.with_weights(
+        dataclasses.replace(settings, folder=str(folder.absolute()))
+    )
     opening = {"type": "open", "file": str(file)}
     pool = Pool(LocalEngine(folder / "logs"), [_device(trial, run)], opening)
     with signals.ending(pool), pool:

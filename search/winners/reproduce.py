@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from search import artifacts, catalogue, folders, provenance, signals
-from search.data import datasets, weights
+from search.data import datasets, verified, weights
 from search.errors import EXIT_DAMAGED, EXIT_USAGE, SearchError
-from search.journey import described_data, with_weights
 from search.sampling import seed_for
 from search.settings import resolve
 from search.storage import storage
@@ -136,7 +135,7 @@ def _train(
     )
     if (size := options.get("cache_size")) is not None:
         settings = dataclasses.replace(settings, cache_size=size)
-    dataset = described_data(reference)
+    dataset = verified.described_data(reference)
     if dataset["sha256"] != config["dataset"]["sha256"]:
         logger.warning(
             "%s is not the data that the config was measured on (%s): the figures are of "
@@ -144,7 +143,7 @@ def _train(
             reference,
             config["dataset"]["name"],
         )
-    settings, pretrained = with_weights(settings)
+    settings, pretrained = verified.with_weights(settings)
     if (was := config.get("weights")) and pretrained and pretrained["sha256"] != was["sha256"]:
         logger.warning(
             "the config was measured with %s and not with %s: the figures are of different "

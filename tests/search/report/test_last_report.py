@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from search import catalogue, journey, provenance
+from search import catalogue, journey
 from search.errors import EXIT_DAMAGED, EXIT_NOTHING_USABLE, EXIT_STORAGE_LOST, SearchError
-from search.report import report, source
+from search.report import drawing, report, source
 from search.workers.pool import Interrupted
 from tests import made_up_run
 from tests.command import Command
@@ -33,6 +33,10 @@ def run(tmp_path, monkeypatch):
     self._entry = catalogue.Entry("made-up", tmp_path / "made_up.py", "Which?")
     self._already_done = lambda final: None
     return self
+
+
+def is_drawn(run):
+    return drawing.is_drawn(run._study, run._folder, run._entry.summary)
 
 
 def ends_with(run, error):
@@ -119,37 +123,20 @@ def test_an_interrupted_run_draws_no_longer_than_a_moment(run, monkeypatch, capl
     assert time.monotonic() - began < 30
     assert path.read_text() == "of before"
     assert "`fmnist-search report` draws what there is" in caplog.text
-    assert not run._has_report()
+    assert not is_drawn(run)
 
 
 def test_a_report_of_fewer_trials_is_drawn_again_when_all_is_done(run):
     """20 trials were drawn, 40 asked for and cut off at 30: 30 are then done already."""
     run._report()
-    assert run._has_report()
+    assert is_drawn(run)
     run._study.add_trials(made_up_run.study_of(2, seed=1).trials)
-    assert not run._has_report()
+    assert not is_drawn(run)
     run._already_done = lambda final: "done"
     assert run.go(False) == "done"
     assert (run._folder / "report.html").read_text().startswith("5 trials")
     (run._folder / "metrics.json").write_text("{")
-    assert not run._has_report()
-
-
-def test_what_a_run_is_made_with_is_kept_of_each_machine_once(run, monkeypatch):
-    first = run._made_with()
-    assert first[0] == made_up_run.MADE_WITH
-    now = first[-1]
-    assert now["versions"]["optuna"]
-    assert now["hardware"]["cores"] >= 1
-    run._study.set_user_attr("run", run._study.user_attrs["run"] | {"made_with": first})
-    assert run._made_with() == first
-    started = run._study.user_attrs["run"]
-    run._study.set_user_attr("run", {k: v for k, v in started.items() if k != "made_with"})
-    assert run._made_with() == [None, now]  # begun by a version that kept none
-    run._study.set_user_attr("run", started)
-    other = now | {"commit": "2" * 40}
-    monkeypatch.setattr(provenance, "collect", lambda: other)
-    assert run._made_with() == [*first, other]
+    assert not is_drawn(run)
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import sys
 import plotly.graph_objects as go
 import pytest
 
+from search.report import drawing, report, space
 from search.report import page as html
-from search.report import report, space
 from tests import made_up_run
 from tests.browser import asked_elsewhere, browse, complaints, evaluate, in_a_browser
 from tests.command import ROOT
@@ -187,13 +187,7 @@ def test_a_run_ends_with_its_report_which_can_be_made_again(tmp_path):
 
 
 def test_a_report_that_cannot_be_drawn_costs_the_run_nothing(tmp_path, monkeypatch, caplog):
-    from search import catalogue, journey
-
     monkeypatch.setattr(report, "html", lambda run: 1 / 0)
-    study = made_up_run.study_of(3)
-    self = object.__new__(journey._Journey)
-    self._study, self._folder = study, tmp_path
-    self._entry = catalogue.Entry("made-up", tmp_path / "made_up.py", "Which?")
-    self._report()
+    drawing.draw(made_up_run.study_of(3), tmp_path, "Which?")
     assert "report.html could not be written: division by zero" in caplog.text
     assert not (tmp_path / "report.html").exists()

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -15,7 +14,6 @@ import pytest
 import yaml
 
 from search.data import datasets
-from search.journey import _Journey
 from search.storage import storage
 from search.winners import comparison
 from search.winners.retrain import Job
@@ -228,13 +226,3 @@ def test_points_are_told_in_order_once_all_their_seeds_are_trained():
         ("COMPLETE", 0.5), ("COMPLETE", 0.5), ("FAIL", None)
     ]  # fmt: skip
     assert comparison.tell(study, jobs) == []
-
-
-def test_a_comparison_that_is_trained_again_was_told_its_precision_of_now():
-    # All its trials are finished, but a search's would still be those of the precision before.
-    run = {"told": {"precision": "bfloat16", "sampler": "random"}}
-    journey = SimpleNamespace(_run=lambda: run, _num_finished=lambda: 2, _options={})
-    fields = {"trials": 2, "sampler": "tpe", "pruner": "asha", "final_epochs": None}
-    for kind, precision in (("comparison", "float32"), ("space", "bfloat16")):
-        told = _Journey._told(journey, SimpleNamespace(kind=kind, **fields), "float32", 2)
-        assert told["precision"] == precision

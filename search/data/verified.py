@@ -1,0 +1,35 @@
+"""What a run takes from outside, fetched where it has to be and verified, as its study keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from search import folders
+from search.data import datasets, weights
+from search.settings import Settings
+
+
+def with_weights(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
+    """The settings as workers need them, and what is known of the pretrained weights, ready for
+    JSON; None where there are none."""
+    if settings.weights is None:
+        return settings, None
+    with folders.umask(folders.SHARED):
+        ready = weights.ensure(settings.weights)
+    known = {"reference": settings.weights, "sha256": ready.sha256, "label": ready.label}
+    return dataclasses.replace(settings, weights=ready.path), known
+
+
+def described_data(reference: str) -> dict[str, Any]:
+    """What is known of the data set, ready for JSON."""
+    with folders.umask(folders.SHARED):
+        sha256 = datasets.ensure(reference)
+    dataset = datasets.find(reference)
+    return {
+        "name": dataset.name,
+        "reference": reference,
+        "sha256": sha256,
+        "input_shape": list(dataset.input_shape),
+        "class_names": list(dataset.class_names),
+    }

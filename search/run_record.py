@@ -1,0 +1,196 @@
+"""What a study keeps of the run it began as, and whether a later call asks the same of it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from search import artifacts, catalogue, provenance
+from search.errors import EXIT_USAGE, SearchError
+from search.settings import Settings
+from search.workers.protocol import Message
+
+# What the workers find out before the first trial.
+_MEASURED = (
+    *("num_reports", "images_per_report", "images_per_epoch", "num_images", "precision"),
+    "pretrained",  # which known points begin from the study's weights
+)
+
+
+def of(study: optuna.Study | None, folder: Path) -> dict[str, Any] | None:
+    """The study's attribute `run`; None where none has begun.
+
+    Raises:
+        SearchError: for a run of an earlier version.
+    """
+    run = None if study is None else study.user_attrs.get("run")
+    if run is not None and "dataset" not in run:
+        raise SearchError(
+            f"{folder} holds a run that an earlier version began; take another --out",
+            exit_code=EXIT_USAGE,
+        )
+    return run
+
+
+def made(
+    before: dict[str, Any] | None,
+    file: Path,
+    described: Message,
+    ready: Message,
+    settings: Settings,
+    *,
+    dataset: dict[str, Any] | None,
+    pretrained: dict[str, Any] | None,
+    workers: int | None,
+    searches: bool,
+) -> dict[str, Any]:
+    """What is kept from now on.
+
+    Args:
+        before: what was kept by earlier calls.
+        file: the study's.
+        described, ready: what the workers have said of the study and its space.
+        settings: with the weights as the study names them.
+        dataset, pretrained: as `search/data/verified.py` gives them.
+        workers: of this machine; None where a cluster has them.
+        searches: whether trials are still to be run.
+    """
+    return {
+        "described": described,
+        "fixed": settings.fixed(),
+        "space": ready["space"],
+        "known_points": ready["known_points"],
+        **{name: ready[name] for name in _MEASURED},
+        "dataset": dataset,
+        "weights": pretrained,
+        "file": None if catalogue.is_installed(file) else str(file),
+        "file_sha256": artifacts.sha256(file),
+        "told": told(before, settings, ready["precision"], workers, searches=searches),
+        "made_with": made_with(before),
+    }
+
+
+def told(
+    before: dict[str, Any] | None,
+    settings: Settings,
+    precision: str | None,
+    workers: int | None,
+    *,
+    searches: bool,
+) -> dict[str, Any]:
+    """What may change from one call to the next. One that has nothing left to search keeps what
+    the search was told: its trials are those of another sampler, pruner and precision."""
+    now: dict[str, Any] = {"final_epochs": settings.final_epochs}
+    if settings.kind == "comparison" or searches:
+        now |= {name: getattr(settings, name) for name in ("trials", "sampler", "pruner")}
+        # So many trials run while TPE draws the next.
+        now |= {"precision": precision, "workers": workers}
+    return (before or {}).get("told", {}) | now
+
+
+def made_with(before: dict[str, Any] | None) -> list[dict[str, Any] | None]:
+    """Versions, commit and hardware, of each call where they were others than before."""
+    # An earlier version kept none.
+    known = [] if before is None else before.get("made_with", [None])
+    now = provenance.collect()
+    return known if known[-1:] == [now] else [*known, now]
+
+
+def refuse_another(
+    run: dict[str, Any],
+    ready: Message,
+    dataset: dict[str, Any] | None,
+    pretrained: dict[str, Any] | None,
+    *names: str,
+) -> None:
+    """Raises SearchError if what was begun has another space, other points, data or weights.
+
+    Args:
+        names: of the study, and of its folder.
+    """
+    refuse_another_space(run["space"], ready["space"], *names)
+    may_grow = run["fixed"]["kind"] != "comparison"
+    refuse_other_points(run["known_points"], ready["known_points"], *names, may_grow=may_grow)
+    if dataset:
+        refuse_differences({"data": run["dataset"]["sha256"]}, {"data": dataset["sha256"]}, *names)
+    if pretrained:
+        before, now = (
+            {"weights": f"{known['label']} (SHA-256 {known['sha256'][:12] or 'none'})"}
+            for known in (run["weights"], pretrained)
+        )
+        refuse_differences(before, now, *names)
+
+
+def refuse_differences(stored: dict[str, Any], now: dict[str, Any], study: str, out: str) -> None:
+    """Raises SearchError if a continued study would answer another question; says what differs."""
+    differing = [
+        f"{name} was {stored[name]!r} and is now {now[name]!r}"
+        for name in now
+        if name in stored and stored[name] != now[name]
+    ]
+    if differing:
+        raise SearchError(
+            f"{out} holds a study {study!r} of another kind: {'; '.join(differing)}. Give the "
+            "values it began with, or another --out",
+            exit_code=EXIT_USAGE,
+        )
+
+
+def refuse_another_space(
+    stored: list[dict[str, Any]], now: list[dict[str, Any]], study: str, out: str
+) -> None:
+    """The same for the space's hyperparameters: names, kinds, ranges, conditions."""
+    before, after = _by_name(stored), _by_name(now)
+    differing = [f"{name} is new" for name in after.keys() - before.keys()]
+    differing += [f"{name} is gone" for name in before.keys() - after.keys()]
+    differing += [
+        f"{name} was {_range(before[name])} and is now {_range(after[name])}"
+        for name in before.keys() & after.keys()
+        if before[name] != after[name]
+    ]
+    if differing:
+        raise SearchError(
+            f"{out} holds a study {study!r} with another space: {'; '.join(sorted(differing))}. "
+            "Put the space back as it was, or take another --out",
+            exit_code=EXIT_USAGE,
+        )
+
+
+def refuse_other_points(
+    stored: list[dict[str, Any]],
+    now: list[dict[str, Any]],
+    study: str,
+    out: str,
+    *,
+    may_grow: bool,
+) -> None:
+    """The same for the known points, whose figures are stored by their place among them. A search
+    tries those that have been added at the end; in a comparison all have been stored together."""
+    points = itertools.zip_longest(stored, now)
+    differing = next((at for at, (before, after) in enumerate(points) if before != after), None)
+    if differing is None or (may_grow and differing == len(stored)):
+        return
+    before, after = (
+        repr(points[differing]) if differing < len(points) else "none" for points in (stored, now)
+    )
+    raise SearchError(
+        f"{out} holds a study {study!r} with other known_points: number {differing} was {before} "
+        f"and is now {after}. Put them back as they were, or take another --out",
+        exit_code=EXIT_USAGE,
+    )
+
+
+def _by_name(space: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    named: dict[str, list[dict[str, Any]]] = {}
+    for hyperparameter in space:
+        named.setdefault(hyperparameter["name"], []).append(hyperparameter)
+    return named
+
+
+def _range(described: list[dict[str, Any]]) -> str:
+    return " or ".join(
+        str({name: value for name, value in one.items() if name != "name"}) for one in described
+    )
