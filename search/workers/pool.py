@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import selectors
 import tempfile
 import time
@@ -30,6 +31,9 @@ MAX_GROWTH = 130 * 2**20  # bytes
 # interval, and for so long, hangs. Generous: what comes after the last report is not known.
 SILENT_INTERVALS = 10
 LEAST_SILENCE = 300.0  # seconds
+# A worker that does not load the study, or does not become ready, for so long hangs; --silence
+# where that is longer. With data on a slow network disk it takes minutes.
+LONGEST_START = 600.0  # seconds
 OUT_OF_MEMORY = "out_of_memory"  # how an attempt ended, where there is evidence
 _MAX_FAILED_STARTS = 3  # workers of a slot in a row that die before they are ready
 _MAX_KILLED_STARTS = 12  # the same by signals: somebody else may send them, or memory lacks
@@ -104,6 +108,7 @@ class Slot:
     failed_starts: int = 0  # workers in a row that were never ready
     is_hopeless: bool = False  # there were too many of these
     start_at: float = 0.0  # monotonic seconds, where it has no worker
+    asked: float = math.inf  # monotonic seconds: its worker, not ready, has owed an answer since
     task: Task | None = None
     has_whole_gpu: bool = False  # its worker, for the one task that is alone
     rss: int = 0  # bytes, after the last task
@@ -209,7 +214,7 @@ class Pool:
         self._preparation = {"type": "prepare", "settings": provided, "search": search}
         for slot in self.slots:
             if slot.worker and slot.described:
-                self._send(slot, self._preparation)
+                self._prepare(slot)
 
     def wait_for_space(self) -> Message:
         while self.space is None:
@@ -326,22 +331,32 @@ class Pool:
             # A child of the worker's may hold its socket open: then no end of file tells its death.
             if slot.worker and not slot.worker.is_alive() and not slot.worker.channel.is_readable():
                 yield from self._lost(slot)
-            elif not (slot.task and slot.ready):
-                continue
-            elif why := slot.task.overdue(self._silence, self._listened):
-                yield from self._end_late(slot, slot.task, why)
+            elif why := self._overdue(slot):
+                yield from self._end_late(slot, why)
 
     def _excuse(self, seconds: float, now: float) -> None:
-        for task in (slot.task for slot in self.slots if slot.task and seconds > 0):
-            task.excuse(seconds, now)
+        for slot in self.slots if seconds > 0 else ():
+            slot.asked += seconds
+            if slot.task:
+                slot.task.excuse(seconds, now)
+
+    def _overdue(self, slot: Slot) -> str:
+        """Why its worker is to be ended, or nothing."""
+        if slot.ready:
+            return slot.task.overdue(self._silence, self._listened) if slot.task else ""
+        if slot.worker and not slot.worker.pid:  # a cluster has no room for it yet
+            slot.asked = self._listened
+        late = self._listened - slot.asked
+        most = max(LONGEST_START, self._silence or 0.0)
+        return f"was not ready after {late:.0f} s" if slot.worker and late > most else ""
 
     def _hear(self, slot: Slot, message: Message) -> Event | None:
         type_ = message["type"]
         if type_ == "described":
-            slot.described = True
+            slot.described, slot.asked = True, math.inf
             self.described = self.described or message
             if self._preparation:
-                self._send(slot, self._preparation)
+                self._prepare(slot)
             return None
         if type_ == "ready":
             assert slot.worker is not None
@@ -415,7 +430,7 @@ class Pool:
         slot.is_hopeless = slot.failed_starts >= most
         if all(other.is_hopeless for other in self.slots):
             raise SearchError(
-                f"{slot.failed_starts} workers in a row died before they were ready; the last "
+                f"{slot.failed_starts} workers in a row ended before they were ready; the last "
                 f"{how}",
                 detail=detail,
             )
@@ -425,10 +440,23 @@ class Pool:
         else:
             self._start(slot)
 
-    def _end_late(self, slot: Slot, task: Task, why: str) -> Iterator[Event]:
+    def _end_late(self, slot: Slot, why: str) -> Iterator[Event]:
         logger.warning("worker %d %s and is replaced", slot.index, why)
-        self._restart(slot)
-        yield Event(slot, {"type": "lost"}, lost=why, task=task, kind="timeout")
+        worker, task, was_ready = slot.worker, slot.task, slot.ready
+        assert worker is not None
+        self._stop(slot)
+        if was_ready:
+            self._start(slot)
+        else:
+            self._start_later(slot, f"{why}, see {worker.log}", worker.post_mortem())
+        if task:
+            kind = "timeout" if was_ready else "killed"
+            yield Event(slot, {"type": "lost"}, lost=why, task=task, kind=kind)
+
+    def _prepare(self, slot: Slot) -> None:
+        assert self._preparation is not None
+        slot.asked = time.monotonic()
+        self._send(slot, self._preparation)
 
     def _begin(self, slot: Slot, task: Task) -> None:
         stamp = {"trial": task.trial, "attempt": task.attempt}
@@ -443,6 +471,7 @@ class Pool:
         device = replace(slot.device, share=1.0) if slot.has_whole_gpu else slot.device
         slot.worker = self._engine.start(device, slot.index)
         slot.described = slot.ready = False
+        slot.asked = time.monotonic()
         slot.task, slot.rss, slot.rss_at_first, slot.status = None, 0, 0, {}
         self._selector.register(slot.worker.channel, selectors.EVENT_READ, slot)
         self._send(slot, self._opening)

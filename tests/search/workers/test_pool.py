@@ -143,6 +143,14 @@ def heard(pool):
     return list(pool.poll(0.2))
 
 
+def listen(pool, seconds=0.7):
+    """Time in which nobody listens is not the worker's."""
+    end, events = time.monotonic() + seconds, []
+    while time.monotonic() < end:
+        events += heard(pool)
+    return events
+
+
 def test_a_worker_is_opened_described_prepared_and_ready(make):
     pool, engine = make()
     (worker,) = engine.started
@@ -295,7 +303,7 @@ def test_deaths_before_ready_end_the_run(make, ending, most):
         assert heard(pool) == []
     engine.started[most - 1].say("described", name="mine")  # that is not ready
     engine.started[most - 1].die(ending)
-    rule = f"{most} workers in a row died before they were ready; the last ended by signal 9"
+    rule = f"{most} workers in a row ended before they were ready; the last ended by signal 9"
     with pytest.raises(SearchError, match=rule) as caught:
         pool.wait_for_space()
     assert caught.value.detail == "ended by signal 9\nlast words"
@@ -310,6 +318,58 @@ def test_deaths_with_a_ready_worker_between_them_do_not(make):
         engine.started[number].die(ending=3)
         heard(pool)
     assert len(engine.started) == 7
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(pools, "LONGEST_START", 0.5)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("described", [False, True])
+def test_a_worker_that_never_becomes_ready_is_replaced(make, described):
+    pool, engine = make()
+    for number in range(2):
+        if described:
+            pool.prepare({})
+            engine.started[number].say("described", name="mine")
+        assert listen(pool) == []
+        assert engine.started[number].killed
+    assert len(engine.started) == 3
+    rule = "3 workers in a row .* ready; the last was not ready after 1 s, see worker.log"
+    with pytest.raises(SearchError, match=rule) as caught:
+        pool.wait_for_space()
+    assert caught.value.detail == "ended by signal 9\nlast words"
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("why", ["the data are fetched", "a cluster has no room", "asked for"])
+def test_who_is_not_late(make, why):
+    pool, engine = make()
+    (worker,) = engine.started
+    if why == "the data are fetched":
+        worker.say("described", name="mine")
+    elif why == "a cluster has no room":
+        worker.pid = 0
+    else:
+        pool._silence = 60.0  # by --silence
+    assert listen(pool) == []
+    assert not worker.killed
+    if why != "asked for":  # from now on it is
+        worker.pid = 1
+        pool.prepare({})
+        listen(pool)
+        assert worker.killed
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_task_that_waits_for_a_worker_that_is_never_ready_is_lost(sharing):
+    pool, engine = sharing
+    pool.give(pool.slots[1], 4, 2, {"task": "trial"}, alone=True)
+    engine.started[-2].be_ready()  # the other, which was replaced too
+    (event,) = listen(pool)
+    assert (event.task.trial, event.kind) == (4, "killed")
+    assert event.lost.startswith("was not ready after")
 
 
 @pytest.mark.parametrize(("ending", "is_end"), [(-9, False), (3, True)])
@@ -360,7 +420,7 @@ def test_a_slot_whose_workers_never_start_does_not_end_what_others_do(make, monk
                 if not worker.killed:
                     worker.die(ending=3)
 
-    with pytest.raises(SearchError, match="3 workers in a row died before they were ready"):
+    with pytest.raises(SearchError, match="3 workers in a row ended before they were ready"):
         end_all()
 
 
@@ -633,6 +693,27 @@ def test_a_killed_process_is_lost_and_reaped(tmp_path):
             assert heard(pool) == []
         assert first.process.returncode == -9
         assert first.post_mortem().splitlines()[0] == "ended by signal 9"
+
+
+def test_a_process_that_hangs_while_it_loads_is_replaced(tmp_path, monkeypatch):
+    body = """
+hung = Path(__file__).with_name("hung")
+if not hung.exists():
+    hung.touch()
+    import time; time.sleep(600)
+def build(hp): ...
+"""
+    monkeypatch.setattr(pools, "LONGEST_START", 1.0)
+    with real_pool(tmp_path, body) as pool:
+        while not (tmp_path / "hung").exists():  # one that had not come so far is replaced, too
+            heard(pool)
+            pool.slots[0].failed_starts = 0
+        hung = pool.slots[0].worker
+        while pool.slots[0].worker is hung:
+            heard(pool)
+        monkeypatch.setattr(pools, "LONGEST_START", 600.0)
+        assert pool.wait_for_description()["name"] == "mine"
+        assert hung.process.returncode == -9
 
 
 def test_workers_that_die_while_loading_end_the_run_with_their_last_words(tmp_path):
