@@ -33,7 +33,8 @@ from search.trial import UnfinishedTrial
 from search.view import notes
 from search.view.progress import View
 from search.view.trial_logs import Logs
-from search.workers.pool import OUT_OF_MEMORY, Event, Pool, Slot
+from search.workers.pool import Pool
+from search.workers.slots import OUT_OF_MEMORY, Event, Slot
 
 logger = logging.getLogger("search")
 

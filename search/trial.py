@@ -16,8 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 from search import pruning, sampling
 from search.storage import storage
 from search.workers.engine import Worker
-from search.workers.pool import OUT_OF_MEMORY
 from search.workers.protocol import SUGGESTIONS, Message
+from search.workers.slots import OUT_OF_MEMORY
 
 # How often a running trial's last sign of life is stored, in seconds: what a lost coordinator left
 # is said to have ended then.

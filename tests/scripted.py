@@ -4,7 +4,8 @@ import socket
 from types import SimpleNamespace
 
 from search.workers.devices import Device
-from search.workers.pool import OUT_OF_MEMORY, Event, Interrupted, Slot, Task
+from search.workers.pool import Interrupted
+from search.workers.slots import OUT_OF_MEMORY, Event, Slot, Task
 
 ONE_CORE = Device(threads=1)
 LOST = {"type": "lost", "kind": "killed"}

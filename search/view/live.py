@@ -21,7 +21,7 @@ from rich.text import Text
 from search import results
 from search.view.textplot import sparkline
 from search.view.time_left import Finished, Running, time_left
-from search.workers.pool import Slot, Task
+from search.workers.slots import Slot, Task
 
 STATES = ("complete", "pruned", "fail")
 NUM_EVENTS = 4

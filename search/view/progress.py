@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 
 from search.view.live import Picture, duration, frame
 from search.view.time_left import Finished
-from search.workers.pool import Slot
+from search.workers.slots import Slot
 
 __all__ = ["View", "duration"]
 

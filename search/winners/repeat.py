@@ -23,7 +23,8 @@ from search.view.progress import View
 from search.workers import devices
 from search.workers.devices import Device
 from search.workers.local import LocalEngine
-from search.workers.pool import Event, Pool
+from search.workers.pool import Pool
+from search.workers.slots import Event
 
 # Of two accuracies that are still the same: sums in another order differ in their last digits,
 # which may turn the class of an image or two.

@@ -23,8 +23,9 @@ from search.sampling import seed_for
 from search.settings import Settings
 from search.view.progress import View
 from search.workers import devices
-from search.workers.pool import OUT_OF_MEMORY, Event, Pool, Slot
+from search.workers.pool import Pool
 from search.workers.protocol import Message
+from search.workers.slots import OUT_OF_MEMORY, Event, Slot
 
 logger = logging.getLogger("search")
 

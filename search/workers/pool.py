@@ -12,29 +12,25 @@ import selectors
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from search.errors import SearchError
 from search.workers.devices import Device, share_out
-from search.workers.engine import Engine, Worker
+from search.workers.engine import Engine
 from search.workers.local import LocalEngine
 from search.workers.protocol import Message
+from search.workers.slots import OUT_OF_MEMORY, Event, Slot, Task
 
 logger = logging.getLogger("search")
 
 # A worker that grew by this much since its first task is replaced by a fresh one: Keras and
 # TensorFlow keep some memory of every model they traced.
 MAX_GROWTH = 130 * 2**20  # bytes
-# A worker that has reported at least twice and then says nothing for so many times its longest
-# interval, and for so long, hangs. Generous: what comes after the last report is not known.
-SILENT_INTERVALS = 10
-LEAST_SILENCE = 300.0  # seconds
 # A worker that does not load the study, or does not become ready, for so long hangs; --silence
 # where that is longer. With data on a slow network disk it takes minutes.
 LONGEST_START = 600.0  # seconds
-OUT_OF_MEMORY = "out_of_memory"  # how an attempt ended, where there is evidence
 _MAX_FAILED_STARTS = 3  # workers of a slot in a row that die before they are ready
 _MAX_KILLED_STARTS = 12  # the same by signals: somebody else may send them, or memory lacks
 # Where other slots go on, one whose workers fail so often is tried again later and later: what is
@@ -52,79 +48,6 @@ class Interrupted(Exception):
     def __init__(self, number: int):
         super().__init__(f"interrupted by signal {number}")
         self.number = number
-
-
-@dataclass
-class Task:
-    """What a worker is busy with."""
-
-    trial: int
-    attempt: int
-    content: Message
-    timeout: float | None = None  # seconds
-    started: float = field(default_factory=time.monotonic)
-    heard: float = field(default_factory=time.monotonic)  # the last message, of whatever kind
-    reported: float = 0.0  # the last report, or step of a winner's training
-    interval: float = 0.0  # the longest between two reports
-
-    def hear(self, message: Message) -> None:
-        self.heard = time.monotonic()
-        if message["type"] in ("report", "progress") and "step" in message:
-            if self.reported:
-                self.interval = max(self.interval, self.heard - self.reported)
-            self.reported = self.heard
-
-    def excuse(self, seconds: float, now: float) -> None:
-        """So long nobody has listened: that is not its worker's doing."""
-        self.started = min(self.started + seconds, now)
-        self.heard = min(self.heard + seconds, now)
-
-    def overdue(self, silence: float | None, now: float) -> str:
-        """Why its worker is to be ended, or nothing.
-
-        Args:
-            now: monotonic seconds.
-            silence: seconds after which a worker that says nothing hangs; None for a guess from
-                its own reports.
-        """
-        if self.timeout and now - self.started > self.timeout:
-            return f"took longer than --trial-timeout={self.timeout:g}s"
-        usual = max(LEAST_SILENCE, SILENT_INTERVALS * self.interval) if self.interval else None
-        if (most := silence or usual) and now - self.heard > most:
-            return f"said nothing for {now - self.heard:.0f} s"
-        return ""
-
-
-@dataclass
-class Slot:
-    """A place for one worker; workers come and go, the slot stays."""
-
-    index: int
-    device: Device
-    worker: Worker | None = None
-    host: str = ""  # of its last worker that was ready
-    described: bool = False  # has loaded the study and can be prepared
-    ready: bool = False
-    failed_starts: int = 0  # workers in a row that were never ready
-    is_hopeless: bool = False  # there were too many of these
-    start_at: float = 0.0  # monotonic seconds, where it has no worker
-    asked: float = math.inf  # monotonic seconds: its worker, not ready, has owed an answer since
-    task: Task | None = None
-    has_whole_gpu: bool = False  # its worker, for the one task that is alone
-    rss: int = 0  # bytes, after the last task
-    rss_at_first: int = 0  # bytes, after the worker's first task
-    status: dict[str, Any] = field(default_factory=dict)  # for the terminal view
-
-
-@dataclass(frozen=True)
-class Event:
-    """A worker's message about its current task, or its death (`lost` says how)."""
-
-    slot: Slot
-    message: Message
-    lost: str | None = None
-    task: Task | None = None
-    kind: str = "killed"  # of a loss; timeout or out_of_memory where that is known
 
 
 def run_task(file: Path, settings: Message, task: Message) -> Message:

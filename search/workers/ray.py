@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import math
 import os
 import secrets
 import socket
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,8 @@ from search.errors import EXIT_USAGE, SearchError
 from search.workers import devices, relay
 from search.workers.cgroup import OomKills
 from search.workers.devices import Device
-from search.workers.protocol import Channel, Message
+from search.workers.protocol import Message
+from search.workers.ray_worker import RayWorker, one_line
 
 logger = logging.getLogger("search")
 
@@ -36,8 +35,6 @@ _MAX_STUDY = 10_000_000  # bytes of Python files beside a study's
 _REACHABLE = 5.0  # seconds for a connection to a cluster
 _ANSWER = 60.0  # seconds for a node's description
 _LOOK = 5.0  # seconds between two looks at which nodes there are
-_GONE = 3.0  # seconds for an actor to end its worker, before it is ended itself
-_PATHS = ("path", "pictures", "model")  # what tasks call files of the run's folder
 _NO_TOKEN = (
     "whoever reaches a Ray cluster without token authentication runs code on it. Start it "
     "and this command with RAY_AUTH_MODE=token, or take --allow-insecure-ray"
@@ -247,7 +244,7 @@ class RayEngine:
                 logger.warning("a node of the cluster left before it could be asked")
                 return
             raise SearchError(
-                f"a node of the cluster can't run this project ({_one_line(error)}); install "
+                f"a node of the cluster can't run this project ({one_line(error)}); install "
                 "fmnist-search there, with the same versions as here"
             ) from None
         finally:
@@ -278,119 +275,6 @@ class RayEngine:
                 left.unlink(missing_ok=True)
 
 
-class RayWorker:
-    """A worker that an actor keeps on some node.
-
-    Args:
-        begun: the answer to its `begin`, to come.
-        files: that have to be there before it is prepared; more may come.
-        oom_kills: of each host, of all its workers.
-    """
-
-    def __init__(
-        self, ray: Any, actor: Any, begun: Any, files: relay.Files, oom_kills: dict[str, OomKills]
-    ):
-        ours, self._theirs = socket.socketpair()
-        self._ray, self._actor, self._begun = ray, actor, begun
-        self._task: Message = {}
-        self.channel = _RayChannel(ours, self._send)
-        self.pid, self.host, self.log = 0, "the cluster", "its node"  # until it has begun
-        self._files, self._oom_kills = files, oom_kills
-        self._ended: Message = {}  # as its actor's `end` tells, or as far as is known without
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def was_killed(self) -> bool:
-        return bool(self._ended.get("was_killed", True))
-
-    def ran_out_of_memory(self) -> bool:
-        """Whether there is evidence that it was killed for memory; ask once, if it was killed."""
-        if "oom_kills" in self._ended:
-            return self._oom_kills[self.host].has_grown(self._ended["oom_kills"])
-        return bool(self._ended.get("out_of_memory"))
-
-    def kill(self) -> None:
-        with contextlib.suppress(Exception):  # it is gone, or has never been
-            if not self._ended and self.pid:
-                self._ended = self._ask("end", timeout=_GONE)
-        with contextlib.suppress(Exception):
-            self._ray.kill(self._actor, no_restart=True)
-        self.channel.close()
-        self._thread.join(_GONE)
-
-    def post_mortem(self) -> str:
-        return str(self._ended.get("words", "was lost with its actor or node"))
-
-    def _send(self, message: Message) -> None:
-        if message["type"] == "start":
-            named = {name: Path(message[name]) for name in _PATHS if message.get(name)}
-            message = message | {name: str(path.absolute()) for name, path in named.items()}
-            self._task = message
-        line = json.dumps(message, allow_nan=False).encode()
-        files = self._files if message["type"] == "prepare" else {}
-        if model := message.get("model"):  # trained elsewhere, perhaps
-            files = {model: (artifacts.sha256(model), self._ray.put(Path(model).read_bytes()))}
-        try:
-            self._actor.send.remote(line, files)
-        except self._ray.exceptions.RayError as error:
-            raise OSError(str(error)) from error
-
-    def _listen(self) -> None:
-        """Carries what the worker says to the coordinator's socket, until there is no more."""
-        try:
-            begun = self._ray.get(self._begun)
-            self._oom_kills.setdefault(begun["host"], OomKills(begun["oom_kills"]))
-            self.host, self.log, self.pid = begun["host"], begun["log"], begun["pid"]
-            while (data := self._ask("receive")) != b"":
-                for line in (data or b"").splitlines(keepends=True):
-                    self._bring_files(json.loads(line))
-                    self._theirs.sendall(line)
-            self._ended = self._ask("end", timeout=_GONE)
-        except self._ray.exceptions.RayActorError:
-            pass  # the actor has died: post_mortem says so
-        except self._ray.exceptions.OutOfMemoryError:  # before the kernel would have
-            self._ended = {"words": "was ended by Ray for memory", "out_of_memory": True}
-        except (self._ray.exceptions.RayError, SearchError, ValueError, OSError) as error:
-            logger.debug("a worker's actor: %s", error)
-            self._ended = {"words": f"was given up: {_one_line(error)}"}
-        finally:
-            self._theirs.close()
-
-    def _ask(self, method: str, *arguments: Any, timeout: float | None = None) -> Any:
-        answer = getattr(self._actor, method).remote(*arguments)
-        return self._ray.get(answer, timeout=timeout)
-
-    def _bring_files(self, message: Message) -> None:
-        """What a task has written comes here before it is said that it has finished."""
-        if message["type"] != "finished" or message.get("outcome") != "complete":
-            return
-        for path, sha256 in (("path", "sha256"), ("pictures", "pictures_sha256")):
-            if self._task.get(path) and message.get(sha256):
-                self._bring(self._task[path], message[sha256])
-
-    def _bring(self, path: str, sha256: str) -> None:
-        with artifacts.write_atomically(path) as beside:
-            with beside.open("wb") as stream:
-                while piece := self._ask("read", path, stream.tell()):
-                    stream.write(piece)
-            if artifacts.sha256(beside) != sha256:
-                raise SearchError(f"{path} came from {self.host} with another hash")
-
-
-class _RayChannel(Channel):
-    """Hears through a socket, as the pool's selector wants it; speaks through the actor."""
-
-    def __init__(self, sock: socket.socket, say: Any):
-        super().__init__(sock)
-        self._say = say
-
-    def send(self, message: Message) -> None:
-        self._say(message)
-
-
 def _joined(address: str | None, insecure: bool) -> Any:
     """Ray, connected to a cluster."""
     try:
@@ -415,7 +299,7 @@ def _joined(address: str | None, insecure: bool) -> Any:
         ray.init(address, **quiet)
     except Exception as error:  # ConnectionError, RuntimeError for versions, gRPC's own
         raise SearchError(
-            f"the Ray cluster at --address {address!r} can't be joined: {_one_line(error)}"
+            f"the Ray cluster at --address {address!r} can't be joined: {one_line(error)}"
         ) from None
     return ray
 
@@ -462,8 +346,3 @@ def _beside(study: Path) -> list[Path]:
 
 def _contents(files: list[Path]) -> dict[str, bytes]:
     return {str(file.absolute()): file.read_bytes() for file in files}
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__).strip()[:300]

@@ -16,7 +16,7 @@ from search.view.live import Picture, duration, frame, seconds_left
 from search.view.progress import View
 from search.view.time_left import Finished
 from search.workers.devices import Device
-from search.workers.pool import Slot, Task
+from search.workers.slots import Slot, Task
 from tests.terminal import CLEARED, Terminal, frames
 
 SLEEPER = """

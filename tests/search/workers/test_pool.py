@@ -10,6 +10,7 @@ import pytest
 
 from search.errors import SearchError
 from search.workers import pool as pools
+from search.workers import slots
 from search.workers.devices import Device
 from search.workers.local import LocalEngine
 from search.workers.pool import Interrupted, Pool
@@ -206,7 +207,7 @@ def test_a_task_is_given_answered_and_finished(busy):
     ],
 )
 def test_a_worker_that_is_silent_for_ten_times_its_interval_hangs(monkeypatch, message, overdue):
-    task = pools.Task(0, 1, {})
+    task = slots.Task(0, 1, {})
     for now in (10.0, 70.0, 130.0):
         monkeypatch.setattr(pools.time, "monotonic", lambda now=now: now)
         task.hear(message)
