@@ -5,7 +5,9 @@
 The defaults are a strong model as it stands. Two rules keep the dearest point at about five times
 the defaults' cost: the second size of kernel is offered to the first convolution only, where a map
 has few channels, and no layer has more than MAX_FILTERS filters. A third bounds the dense layer's
-weights: the last block may keep its map only where that is at most MAX_KEPT_MAP pixels wide.
+weights: the last block may keep its map only where that is at most MAX_KEPT_MAP pixels wide. A
+fourth keeps shallow networks from being blind: a map that is wider than about MAX_GLOBAL_MAP pixels
+is flattened, unless the images are so large that this would make too many weights.
 """
 
 from __future__ import annotations
@@ -18,6 +20,11 @@ from spaces.image import ImageSpace, Reader
 
 MAX_FILTERS = 256
 MAX_KEPT_MAP = 8
+# A global average or maximum of one or two blocks says which edges an image has, not where. Of six
+# such networks, drawn at random and trained on 6 x 20 000 images of Fashion-MNIST, none had more
+# than 73 % right; of the ten others that learnt at all, none had less than 77 %.
+MAX_GLOBAL_MAP = 4  # pixels, after as many halvings as there are blocks
+SMALL_IMAGE = 32  # pixels, height and width, at most
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,8 @@ class CNN(ImageSpace):
     poolings: ClassVar[tuple[str, ...]] = ("max", "average")
     activations: ClassVar[tuple[str, ...]] = ("relu", "elu", "silu")
     features: ClassVar[tuple[str, ...]] = ("flatten", "average", "max")
-    max_dropout: ClassVar[float] = 0.5
+    max_conv_dropout: ClassVar[float] = 0.5
+    max_dense_dropout: ClassVar[float] = 0.5
     dense_units: ClassVar[tuple[int, int, int]] = (0, 512, 64)
     defaults: ClassVar[dict[str, Any]] = ImageSpace.defaults | {
         "num_blocks": 3,
@@ -102,8 +110,9 @@ class CNN(ImageSpace):
     }
 
     def architecture(self, reader: Reader) -> CNNArchitecture:
+        num_blocks = reader.whole("num_blocks", 1, self.max_blocks)
         return CNNArchitecture(
-            num_blocks=reader.whole("num_blocks", 1, self.max_blocks),
+            num_blocks=num_blocks,
             convs_per_block=reader.whole("convs_per_block", 1, self.max_convs_per_block),
             filters=reader.whole("filters", *self.filters),
             growth=reader.choice("growth", self.growths),
@@ -113,8 +122,21 @@ class CNN(ImageSpace):
             last_block_pools=reader.switch("last_block_pools"),
             activation=reader.choice("activation", self.activations),
             batch_norm=reader.switch("batch_norm"),
-            conv_dropout=reader.fraction("conv_dropout", self.max_dropout),
-            features=reader.choice("features", self.features),
+            conv_dropout=reader.fraction("conv_dropout", self.max_conv_dropout),
+            features=self._features(reader, num_blocks),
             dense_units=reader.whole("dense_units", *self.dense_units),
-            dense_dropout=reader.fraction("dense_dropout", self.max_dropout),
+            dense_dropout=reader.fraction("dense_dropout", self.max_dense_dropout),
         )
+
+    def _features(self, reader: Reader, num_blocks: int) -> str:
+        size = max(self.input_shape[:2])
+        enough = [
+            count
+            for count in range(1, self.max_blocks + 1)
+            if size > SMALL_IMAGE or size / 2**count <= MAX_GLOBAL_MAP
+        ]
+        if not enough:
+            return "flatten"
+        with reader.hp.conditional_scope("num_blocks", enough):
+            features = reader.choice("features", self.features)
+        return features if num_blocks in enough else "flatten"

@@ -98,9 +98,9 @@ def test_sizes_of_known_models(values, flat, num_params):
             "Flatten Dense Dropout Dense",
         ),
         (
-            SMALL | {"flip": True, "erasing": 0.5, "pooling": "average", "features": "max"},
+            SMALL | {"flip": True, "erasing": 0.5, "pooling": "average"},
             "RandomFlip RandomTranslation RandomErasing Conv2D BatchNormalization Activation "
-            "AveragePooling2D Dropout GlobalMaxPooling2D Dropout Dense",
+            "AveragePooling2D Dropout Flatten Dropout Dense",
         ),
     ],
     ids=["overfit-cnn", "regularised-cnn", "dropout-cnn", "augmented"],
@@ -152,6 +152,36 @@ def test_the_last_block_keeps_its_map_only_where_that_is_small(num_blocks, kept)
     values = {"num_blocks": num_blocks, "last_block_pools": False}
     pooled = [x for x in built(values).layers if isinstance(x, keras.layers.MaxPooling2D)]
     assert len(pooled) == num_blocks - kept
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "size", "head"),
+    [
+        (1, 28, "Flatten"),
+        (2, 28, "Flatten"),
+        (3, 28, "GlobalMaxPooling2D"),
+        (2, 32, "Flatten"),
+        (1, 33, "GlobalMaxPooling2D"),  # flattened, 16 x 16 positions
+        (1, 8, "GlobalMaxPooling2D"),
+    ],
+)
+def test_a_wide_map_of_small_images_is_flattened(num_blocks, size, head):
+    model = built(SMALL | {"num_blocks": num_blocks, "features": "max"}, (size, size, 1))
+    kinds = [type(layer).__name__ for layer in model.layers]
+    assert [kind for kind in kinds if kind in ("Flatten", "GlobalMaxPooling2D")] == [head]
+    parameters = registered(CNN((size, size, 1), 10, 12_800))
+    (features,) = (parameter for parameter in parameters if parameter.name == "features")
+    (condition,) = features.conditions
+    assert condition.name == "num_blocks"
+    assert condition.values == [1, 2, 3, 4, 5][2 if size in (28, 32) else 0 :]
+
+
+def test_a_space_of_few_blocks_asks_for_no_features():
+    class Shallow(CNN):
+        max_blocks = 2
+        defaults = CNN.defaults | {"num_blocks": 2}
+
+    assert "features" not in {parameter.name for parameter in registered(Shallow(SHAPE, 10, 1_000))}
 
 
 def test_a_subclass_narrows_the_space():
