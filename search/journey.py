@@ -248,7 +248,7 @@ class _Journey:
             names = self._entry.name, str(self._folder)
             run_record.refuse_another(run, ready, dataset, pretrained, *names)
         self._study = self._database.open(self._entry.name, wait=pool.wait)
-        record = run_record.made(
+        record = run_record.record(
             run,
             self._entry.file,
             described,

@@ -20,6 +20,7 @@ _PACKAGES = (
     "numpy",
     "optuna",
     "scikit-learn",
+    "scipy",
     "tensorflow",
 )
 

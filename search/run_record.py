@@ -35,7 +35,7 @@ def of(study: optuna.Study | None, folder: Path) -> dict[str, Any] | None:
     return run
 
 
-def made(
+def record(
     before: dict[str, Any] | None,
     file: Path,
     described: Message,
@@ -104,24 +104,23 @@ def refuse_another(
     ready: Message,
     dataset: dict[str, Any] | None,
     pretrained: dict[str, Any] | None,
-    *names: str,
+    study: str,
+    out: str,
 ) -> None:
-    """Raises SearchError if what was begun has another space, other points, data or weights.
-
-    Args:
-        names: of the study, and of its folder.
-    """
-    refuse_another_space(run["space"], ready["space"], *names)
+    """Raises SearchError if what was begun has another space, other points, data or weights."""
+    refuse_another_space(run["space"], ready["space"], study, out)
     may_grow = run["fixed"]["kind"] != "comparison"
-    refuse_other_points(run["known_points"], ready["known_points"], *names, may_grow=may_grow)
+    refuse_other_points(run["known_points"], ready["known_points"], study, out, may_grow=may_grow)
     if dataset:
-        refuse_differences({"data": run["dataset"]["sha256"]}, {"data": dataset["sha256"]}, *names)
+        refuse_differences(
+            {"data": run["dataset"]["sha256"]}, {"data": dataset["sha256"]}, study, out
+        )
     if pretrained:
         before, now = (
             {"weights": f"{known['label']} (SHA-256 {known['sha256'][:12] or 'none'})"}
             for known in (run["weights"], pretrained)
         )
-        refuse_differences(before, now, *names)
+        refuse_differences(before, now, study, out)
 
 
 def refuse_differences(stored: dict[str, Any], now: dict[str, Any], study: str, out: str) -> None:

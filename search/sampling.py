@@ -10,12 +10,12 @@ import functools
 import hashlib
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import optuna
-import scipy.special
 from optuna.samplers._tpe import _truncnorm
 from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace, _SearchSpaceGroup
@@ -27,12 +27,8 @@ STARTUP_TRIALS = 12
 # some that are spread evenly over the older ones, which have shown long ago what is bad.
 MOST_OTHERS = 500
 _OLDER = 0.5
-
-# Optuna has these of the normal distribution in Python, for one number at a time, and TPE spends
-# three quarters of a draw in them: scipy's are the same functions.
-_truncnorm._ndtr = scipy.special.ndtr
-_truncnorm._log_ndtr = scipy.special.log_ndtr
-_truncnorm._ndtri_exp = scipy.special.ndtri_exp
+# Functions of Optuna's that scipy has, too, under these names without the first character.
+QUICK = ("_ndtr", "_log_ndtr", "_ndtri_exp")
 
 
 def seed_for(*parts: int | str) -> int:
@@ -109,6 +105,23 @@ class _BestAndSome:
         return best
 
 
+@contextmanager
+def _quick_normal_distribution() -> Iterator[None]:
+    """Optuna computes the logarithm of the normal distribution in Python, one number at a time,
+    also in each step to its inverse, and TPE spends four fifths of a draw there. Scipy's functions
+    give the same to rounding. Only while this lasts: the process may use Optuna otherwise, too."""
+    from scipy import special  # commands that draw nothing need not load it
+
+    own = {name: getattr(_truncnorm, name) for name in QUICK}
+    try:
+        for name in QUICK:
+            setattr(_truncnorm, name, getattr(special, name[1:]))
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(_truncnorm, name, function)
+
+
 class _TPE(optuna.samplers.TPESampler):
     """Optuna's, whose draws don't take longer the larger the study is."""
 
@@ -124,7 +137,8 @@ class _TPE(optuna.samplers.TPESampler):
         num_best = default_gamma(len(finished))
         self._gamma = lambda _: num_best  # not of the trials that are shown
         shown = cast("optuna.Study", _BestAndSome(study, trial.number, num_best))
-        return super()._sample(shown, trial, search_space)
+        with _quick_normal_distribution():
+            return super()._sample(shown, trial, search_space)
 
     def _get_internal_repr(
         self, trials: list[FrozenTrial], search_space: dict[str, Any], study: optuna.Study

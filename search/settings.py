@@ -44,7 +44,7 @@ class Settings:
     seed: int = 0
     max_attempts: int = 3
     trial_timeout: float | None = None  # seconds, for one attempt at a trial
-    silence: float | None = None  # seconds without a word from a worker; None for a guess
+    silence: float | None = None  # seconds a worker may say nothing, see pool.py; None for a guess
     precision: str = "auto"
     time_budget: float | None = None  # seconds, for the search
     top: int = 1

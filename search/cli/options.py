@@ -89,7 +89,7 @@ working = _options(
                  help="Of a trial whose worker dies."),
     click.option("--silence", type=Duration(),
                  help="After which a worker that says nothing is replaced.  [default: 10 times its "
-                 "longest interval, 5m at least]"),
+                 "longest interval, 5m at least; 10m to load the study and its data]"),
     click.option("--weights", metavar="imagenet|none|FILE",
                  help="Pretrained ones, where the study begins from some; none: random."),
     click.option("--cache-size", type=Size(), help="On disk, of what frozen layers give, such as "

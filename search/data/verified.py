@@ -11,8 +11,8 @@ from search.settings import Settings
 
 
 def with_weights(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
-    """The settings as workers need them, and what is known of the pretrained weights, ready for
-    JSON; None where there are none."""
+    """Verify pretrained weights, fetched where they have to be; the settings as workers need them,
+    and what is known of the weights, ready for JSON."""
     if settings.weights is None:
         return settings, None
     with folders.umask(folders.SHARED):
@@ -22,7 +22,7 @@ def with_weights(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
 
 
 def described_data(reference: str) -> dict[str, Any]:
-    """What is known of the data set, ready for JSON."""
+    """Verify the data set, fetched where it has to be; what is known of it, ready for JSON."""
     with folders.umask(folders.SHARED):
         sha256 = datasets.ensure(reference)
     dataset = datasets.find(reference)

@@ -31,8 +31,8 @@ MAX_GROWTH = 130 * 2**20  # bytes
 # A worker that does not load the study, or does not become ready, for so long hangs; --silence
 # where that is longer. With data on a slow network disk it takes minutes.
 LONGEST_START = 600.0  # seconds
-_MAX_FAILED_STARTS = 3  # workers of a slot in a row that die before they are ready
-_MAX_KILLED_STARTS = 12  # the same by signals: somebody else may send them, or memory lacks
+_MAX_FAILED_STARTS = 3  # workers of a slot in a row that die, or hang, before they are ready
+_MAX_KILLED_STARTS = 12  # killed by signals: somebody else may send them, or memory lacks
 # Where other slots go on, one whose workers fail so often is tried again later and later: what is
 # wrong with a node, a disk or a file may pass.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
@@ -63,8 +63,9 @@ def run_task(file: Path, settings: Message, task: Message) -> Message:
     """
     with tempfile.TemporaryDirectory(prefix="fmnist-search-") as logs:
         device = share_out("1")[0]
-        pool = Pool(LocalEngine(Path(logs)), [device], {"type": "open", "file": str(file)})
-        with pool:
+        opening = {"type": "open", "file": str(file)}
+        # Nobody could raise a limit.
+        with Pool(LocalEngine(Path(logs)), [device], opening, math.inf) as pool:
             pool.wait_for_description()
             pool.prepare(settings, search=False)
             pool.wait_for_space()
@@ -90,7 +91,8 @@ class Pool:
         engine: where they run.
         devices: one for each slot.
         opening: the `open` message that each worker gets first.
-        silence: seconds after which a worker that says nothing is replaced; None for a guess.
+        silence: seconds after which a worker that says nothing is replaced; None for a guess. One
+            that is not ready is replaced after LONGEST_START, where that is longer.
     """
 
     def __init__(
@@ -226,9 +228,11 @@ class Pool:
             self.slots.append(Slot(len(self.slots), device))
             self._start(self.slots[-1])
         now = time.monotonic()
-        for without in self.slots:
-            if without.worker is None and now >= without.start_at:
-                self._start(without)
+        for each in self.slots:
+            if each.worker is None and now >= each.start_at:
+                self._start(each)
+            elif each.worker and not each.worker.pid:  # a cluster has not begun it yet
+                each.asked = now
         # A storage that fails may have kept the coordinator from listening.
         self._excuse(now - self._listened, now)
         heard = self._selector.select(timeout)
@@ -259,7 +263,8 @@ class Pool:
 
     def _excuse(self, seconds: float, now: float) -> None:
         for slot in self.slots if seconds > 0 else ():
-            slot.asked += seconds
+            if slot.asked < now:
+                slot.asked = min(slot.asked + seconds, now)
             if slot.task:
                 slot.task.excuse(seconds, now)
 
@@ -267,11 +272,11 @@ class Pool:
         """Why its worker is to be ended, or nothing."""
         if slot.ready:
             return slot.task.overdue(self._silence, self._listened) if slot.task else ""
-        if slot.worker and not slot.worker.pid:  # a cluster has no room for it yet
-            slot.asked = self._listened
         late = self._listened - slot.asked
-        most = max(LONGEST_START, self._silence or 0.0)
-        return f"was not ready after {late:.0f} s" if slot.worker and late > most else ""
+        if not slot.worker or late <= max(LONGEST_START, self._silence or 0.0):
+            return ""
+        doing = "preparing" if slot.described else "loading the study"
+        return f"was still {doing} after {late:.0f} s (--silence says how long it may take)"
 
     def _hear(self, slot: Slot, message: Message) -> Event | None:
         type_ = message["type"]
@@ -368,13 +373,15 @@ class Pool:
         worker, task, was_ready = slot.worker, slot.task, slot.ready
         assert worker is not None
         self._stop(slot)
+        how, kind = why, "timeout"
         if was_ready:
             self._start(slot)
         else:
-            self._start_later(slot, f"{why}, see {worker.log}", worker.post_mortem())
+            _, *last_words = worker.post_mortem().splitlines()  # the first: that it was killed
+            how, kind = "\n".join([why, *last_words]), "killed"
+            self._start_later(slot, f"{why}, see {worker.log}", how)
         if task:
-            kind = "timeout" if was_ready else "killed"
-            yield Event(slot, {"type": "lost"}, lost=why, task=task, kind=kind)
+            yield Event(slot, {"type": "lost"}, lost=how, task=task, kind=kind)
 
     def _prepare(self, slot: Slot) -> None:
         assert self._preparation is not None

@@ -1,11 +1,11 @@
-import importlib.util
+import contextlib
 import random
 import shutil
-from typing import ClassVar
 
 import numpy as np
 import optuna
 import pytest
+import scipy.special
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers._tpe import _truncnorm
 from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace
@@ -266,47 +266,63 @@ def test_what_tpe_is_shown_makes_no_other_draw(opened, monkeypatch, num_complete
     assert draws[0] == draws[1]
 
 
-@pytest.fixture
-def own_truncnorm():
-    """Optuna's module as it is installed."""
-    spec = importlib.util.find_spec("optuna.samplers._tpe._truncnorm")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [("_ndtr", -8, 8), ("_log_ndtr", -60, 20), ("_ndtri_exp", -1000, -1e-12)],
 )
-def test_scipys_functions_are_those_that_optuna_has(own_truncnorm, name, least, most):
-    at = np.linspace(least, most, 999)
-    ours, own = (getattr(module, name) for module in (_truncnorm, own_truncnorm))
-    assert ours is not own
-    np.testing.assert_allclose(ours(at), own(at), rtol=1e-7, atol=1e-15)
+def test_scipys_functions_are_those_that_optuna_has(name, least, most):
+    own = getattr(_truncnorm, name)
+    with sampling._quick_normal_distribution():
+        quick = getattr(_truncnorm, name)
+    assert getattr(_truncnorm, name) is own
+    assert quick is getattr(scipy.special, name[1:])
+    for at in (np.linspace(least, most, 999), np.array([]), np.array([-np.inf])):
+        if not (name == "_ndtri_exp" and np.isinf(at).any()):  # Optuna's has no answer
+            np.testing.assert_allclose(quick(at), own(at), rtol=1e-7, atol=1e-15)
 
 
-def test_a_draw_is_optunas(opened, own_truncnorm, monkeypatch):
+def test_a_draw_is_optunas(opened, monkeypatch):
+    """Who draws with Optuna's own functions and conversions draws the same point."""
     study = opened()
     number = ask(study)
     drawn = TrialSampling(study, number, "tpe", 0).trial.relative_params
+    called = set()
 
-    class Found:
-        called: ClassVar = set()
+    def noted(name):
+        own = getattr(_truncnorm, name)
+        return lambda *args: (called.add(name), own(*args))[1]
 
-        def __init__(self, name):
-            self.name, self.own = name, getattr(own_truncnorm, name)
-
-        def __call__(self, *args):
-            self.called.add(self.name)
-            return self.own(*args)
-
-    names = {"_ndtr", "_log_ndtr", "_ndtri_exp"}
-    for name in names:
-        monkeypatch.setattr(_truncnorm, name, Found(name))
+    for name in sampling.QUICK:
+        monkeypatch.setattr(_truncnorm, name, noted(name))
+    monkeypatch.setattr(sampling, "_quick_normal_distribution", contextlib.nullcontext)
+    monkeypatch.delattr(sampling._TPE, "_get_internal_repr")
     again = TrialSampling(study, number, "tpe", 0).trial.relative_params
     assert again == pytest.approx(drawn)
-    assert Found.called == names  # so they are what Optuna calls
+    assert called == set(sampling.QUICK)  # so they are what Optuna calls
+
+
+def test_points_are_represented_as_optuna_does(opened):
+    study = opened()
+    trial = TrialSampling(study, ask(study), "tpe", 0).trial  # one that runs
+    trials = study.get_trials(deepcopy=False)
+    assert trials[-1].number == trial.number
+    space = {
+        "optimizer": CategoricalDistribution(["sgd", "adam"]),
+        "units": IntDistribution(16, 256, log=True),
+        "filters": IntDistribution(8, 64, step=8),
+        "dropout": FloatDistribution(0.0, 0.5),
+    }
+    for names in (("optimizer", "units", "filters", "dropout"), ("optimizer",), ("momentum",)):
+        asked = {name: space.get(name, FloatDistribution(0.0, 0.9)) for name in names}
+        ours = sampling.sampler("tpe", 0)._get_internal_repr(trials, asked, study)
+        own = optuna.samplers.TPESampler(multivariate=True)._get_internal_repr(trials, asked, study)
+        assert ours.keys() == own.keys()
+        for name in names:
+            np.testing.assert_array_equal(ours[name], own[name])
+    numbers = CategoricalDistribution([64, 32])
+    made = [create_trial(params={"n": n}, distributions={"n": numbers}, value=0) for n in (32, 64)]
+    found = sampling.sampler("tpe", 0)._get_internal_repr(made, {"n": numbers}, study)
+    assert found["n"].tolist() == [1, 0]
 
 
 def test_tpe_groups_conditional_hyperparameters(opened):

@@ -7,6 +7,7 @@ from studies import cnn as study_file
 from tests.spaces.points import point, random_values, registered
 
 SHAPE = (28, 28, 1)
+SHAPES = (SHAPE, (8, 8, 1))
 SMALL = {"num_blocks": 1, "convs_per_block": 1, "filters": 16, "dense_units": 0}
 DEAREST = {
     "num_blocks": 5,
@@ -34,7 +35,7 @@ def multiplications(model):
 
 @pytest.fixture(scope="module")
 def parameters():
-    return registered(CNN(SHAPE, 10, 12_800))
+    return {shape: registered(CNN(shape, 10, 12_800)) for shape in SHAPES}
 
 
 @pytest.fixture(scope="module")
@@ -111,16 +112,16 @@ def test_layers_in_order(values, layers):
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_every_point_is_a_model_of_bounded_cost(seed, parameters, default_cost):
-    hp = point(random_values(parameters, seed))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_point_is_a_model_of_bounded_cost(seed, shape, parameters, default_cost):
+    hp = point(random_values(parameters[shape], seed))
     asked = set(hp.values)
-    for shape in (SHAPE, (8, 8, 1)):
-        model = CNN(shape, 10, 12_800).build(hp)
-        assert model.output_shape == (None, 10)
-        assert min(min(layer.output.shape[1:]) for layer in model.layers) >= 1
-        assert multiplications(model) <= 5 * default_cost
+    model = CNN(shape, 10, 12_800).build(hp)
+    assert model.output_shape == (None, 10)
+    assert min(min(layer.output.shape[1:]) for layer in model.layers) >= 1
+    assert multiplications(model) <= 5 * default_cost
     assert set(hp.values) == asked  # nothing is read that one build at the defaults does not show
-    assert [p.name for p in hp.space] == [p.name for p in parameters]
+    assert [p.name for p in hp.space] == [p.name for p in parameters[shape]]
 
 
 @pytest.mark.parametrize(
