@@ -153,8 +153,8 @@ def refuse_another_space(
     if differing:
         raise SearchError(
             f"{out} holds a study {study!r} with another space: {'; '.join(sorted(differing))}. "
-            "Put the space back as it was (a study of this project: install the version that it began "
-            "with), or take another --out",
+            "Put the space back as it was (of a study of this project: install the version that it "
+            "began with), or take another --out",
             exit_code=EXIT_USAGE,
         )
 
