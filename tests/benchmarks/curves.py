@@ -1,19 +1,20 @@
 """A table of full learning curves of study cnn's space on real Fashion-MNIST, for replays.
 
-    python -m tests.benchmarks.curves record --points 120 --folder curves
-    python -m tests.benchmarks.curves pack --folder curves --out tests/data/curves.npz
+    python -m tests.benchmarks.curves record --folder curves
+    python -m tests.benchmarks.curves pack --folder curves
 
 Point k is drawn at random with seed k, and trained for 6 epochs of the first 20 000 images of the
 training part, by one thread, as many points at a time as there are cores. After each 5 000 images:
 accuracy on the 2 500 images that a search looks at; after each epoch on all 10 000. The study's
-known points follow. Killed, the same command goes on with the points that are missing; one takes
-minutes. Seconds are the processor's, which work beside it hardly changes: `nice` does no harm.
+known points follow. Killed, the same command goes on with the points that are neither in the folder
+nor in the table; one takes minutes. Seconds are the processor's, which work beside it hardly
+changes: `nice` does no harm. Packing adds the folder's points to the table.
 
-The packed table: space (JSON, as `hyperparameters.describe` gives it), params (JSON), known (one of
-the study's own points), parameters, flops, start (seconds until the first step has been done:
-building and tracing), train (points, reports) and measure (points, reports) seconds, monitor and
-loss (points, reports), val (points, epochs), final (seconds of the last measurement on all
-validation images); NaN behind a divergence.
+The table: name (a file's, without its suffix), space (JSON, as `hyperparameters.describe` gives
+it), params (points, each as JSON), known (one of the study's own points), parameters, flops, start
+(seconds until the first step has been done: building and tracing), train (points, reports) and
+measure (points, reports) seconds, monitor and loss (points, reports), val (points, epochs), final
+(seconds of the last measurement on all validation images); NaN behind a divergence.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import keras
@@ -52,8 +54,8 @@ def main() -> None:
     for name in ("record", "work", "pack"):
         command = commands.add_parser(name)
         command.add_argument("--folder", type=Path, required=True)
-        command.add_argument("--points", type=int, default=120)
-        command.add_argument("--out", type=Path)
+        command.add_argument("--table", type=Path, default=Path("tests/data/curves.npz"))
+        command.add_argument("--points", type=int, default=109, help="drawn ones")
         command.add_argument("--index", type=int, default=0)
         command.add_argument("--of", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
@@ -66,8 +68,9 @@ def record(given: argparse.Namespace) -> None:
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.curves", "work",
-             "--folder", str(given.folder), "--points", str(given.points),
-             "--index", str(index), "--of", str(given.of)], env=environment,
+             "--folder", str(given.folder), "--table", str(given.table),
+             "--points", str(given.points), "--index", str(index),
+             "--of", str(given.of)], env=environment,
         )
         for index in range(given.of)
     ]  # fmt: skip
@@ -83,7 +86,9 @@ def work(given: argparse.Namespace) -> None:
     part = datasets.load_split("fashion_mnist")
     names = [f"{number:04d}" for number in range(given.points)]
     names += [f"{_KNOWN}{number:02d}" for number in range(len(study.known_points))]
-    for name in names[given.index :: given.of]:
+    packed = set(stored(given.table).get("name", ()))
+    missing = [name for name in names if name not in packed]
+    for name in missing[given.index :: given.of]:
         path = given.folder / f"{name}.json"
         if path.exists():
             continue
@@ -182,33 +187,56 @@ class Watch(keras.callbacks.Callback):
 
 
 def pack(given: argparse.Namespace) -> None:
+    packed = stored(given.table)
     paths = sorted(given.folder.glob("*.json"))
-    points = [json.loads(path.read_text()) for path in paths]
+    points = {path.stem: json.loads(path.read_text()) for path in paths}
+    added = columns({name: points[name] for name in points.keys() - set(packed.get("name", ()))})
     hp = keras_tuner.HyperParameters()
     empty_space().build(hp)
+    space = json.dumps(describe(hp))
+    if packed.setdefault("space", space) != space:
+        raise SystemExit(f"{given.table} is of another space: name a --table that is not there")
+    rows = {name: np.concatenate([packed.get(name, of[:0]), of]) for name, of in added.items()}
+    order = np.argsort(rows["name"])
+    given.table.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(given.table, space=space, **{name: of[order] for name, of in rows.items()})
+    print(f"{len(added['name'])} points added; {len(order)} in all, ", end="")
+    print(f"{given.table.stat().st_size / 1e3:.0f} kB")
 
-    def table(of, length):
+
+def stored(table: Path) -> dict[str, np.ndarray]:
+    """What has been packed; nothing where there is no table."""
+    if not table.exists():
+        return {}
+    with np.load(table) as packed:
+        return dict(packed)
+
+
+def columns(points: Mapping[str, dict]) -> dict[str, np.ndarray]:
+    """Rows of the table, in the order of the points."""
+
+    def series(of: Callable[[dict], list[float]], length: int) -> np.ndarray:
         filled = np.full((len(points), length), np.nan, np.float32)
-        for row, point in zip(filled, points, strict=True):
+        for row, point in zip(filled, points.values(), strict=True):
             values = of(point)
             row[: len(values)] = values
         return filled
 
-    num_reports = NUM_EPOCHS * REPORTS_PER_EPOCH
-    columns = {"monitor": "accuracy", "loss": "loss", "train": "train", "measure": "measure"}
-    np.savez_compressed(
-        given.out,
-        space=json.dumps(describe(hp)),
-        params=json.dumps([point["params"] for point in points]),
-        known=[path.name.startswith(_KNOWN) for path in paths],
-        **{name: [point[name] for point in points] for name in _SINGLE},
+    figures = {"monitor": "accuracy", "loss": "loss", "train": "train", "measure": "measure"}
+    return {
+        "name": np.array(list(points), str),
+        "params": np.array([json.dumps(point["params"]) for point in points.values()], str),
+        "known": np.array([name.startswith(_KNOWN) for name in points], bool),
+        **{name: np.array([point[name] for point in points.values()]) for name in _SINGLE},
         **{
-            name: table(lambda point, key=key: [r[key] for r in point["reports"]], num_reports)
-            for name, key in columns.items()
+            name: series(
+                lambda point, key=key: [report[key] for report in point["reports"]],
+                NUM_EPOCHS * REPORTS_PER_EPOCH,
+            )
+            for name, key in figures.items()
         },
-        val=table(lambda point: point["epochs"], NUM_EPOCHS),
-    )
-    print(f"{len(points)} points, {given.out.stat().st_size / 1e3:.0f} kB")
+        "val": series(lambda point: point["epochs"], NUM_EPOCHS),
+    }
 
 
 if __name__ == "__main__":

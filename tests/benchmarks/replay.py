@@ -61,7 +61,7 @@ class Table:
 
     def __init__(self, stored: Mapping[str, Any]):
         self.space: list[dict[str, Any]] = json.loads(str(stored["space"]))
-        self.params: list[dict[str, Any]] = json.loads(str(stored["params"]))
+        self.params: list[dict[str, Any]] = [json.loads(point) for point in stored["params"]]
         self.known = np.asarray(stored["known"], bool)  # (points,)
         self.start = np.asarray(stored["start"], float)  # (points,) seconds
         self.last = np.asarray(stored["final"], float)  # (points,) seconds

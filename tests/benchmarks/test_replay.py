@@ -33,7 +33,7 @@ def stored(points, *, known=()):
     units = np.array([p["units"] for p in points])
     return {
         "space": json.dumps(SPACE),
-        "params": json.dumps(points),
+        "params": [json.dumps(point) for point in points],
         "known": [at in known for at in range(len(points))],
         "start": np.full(len(points), 3.0),
         "final": np.full(len(points), 4.0),
