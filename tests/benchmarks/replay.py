@@ -1,6 +1,6 @@
 """How soon would a search have found a good model? Samplers and pruners on recorded curves.
 
-    python -m tests.benchmarks.replay --table tests/data/curves.npz [--seeds 50] [--policy default]
+    python -m tests.benchmarks.replay [--seeds 50] [--policy default] [--reach 0.9]
 
 The table is that of curves.py: every point's whole learning curve and what it cost. A sampler
 proposes a point of the real space; the nearest point of the table that was not tried yet is run in
@@ -13,7 +13,8 @@ training and measuring for each report; all validation images at its end). The t
 trial whose point is among the table's best 1 %, or, since that is one of a hundred points, within
 0.3 points of the best: about the noise of an accuracy on 10 000 images. A point's value is its
 accuracy on all of them after the epoch that its reports liked best. Targets are drawn points only,
-a study's known ones are beside the table, and only policies that name them try them.
+a study's known ones are beside the table, and only policies that name them try them. With --reach
+the target is a report of so much accuracy, of any trial: how soon is there a model as good as that?
 
 The sampler, its seeds and the pruner are the product's own, on Optuna's studies in memory; Keras is
 not imported. A search that has stopped every target before its end never reached one.
@@ -196,10 +197,13 @@ class Replay:
 
     Args:
         seed: of the study.
+        reach: a report's accuracy that is the target; else a complete trial of the table's best.
     """
 
-    def __init__(self, table: Table, policy: Policy, seed: int, num_workers: int):
-        self._table, self._policy, self._seed = table, policy, seed
+    def __init__(
+        self, table: Table, policy: Policy, seed: int, num_workers: int, reach: float | None = None
+    ):
+        self._table, self._policy, self._seed, self._reach = table, policy, seed, reach
         self._num_workers = num_workers
         self._num_reports = table.num_reports // policy.every
         made = policy.pruner(self._num_reports) if policy.pruner else optuna.pruners.NopPruner()
@@ -214,7 +218,7 @@ class Replay:
         self._untried = table.drawn
         self._known = list(np.flatnonzero(table.known)) if policy.known else []
         self._rungs = _Rungs(*policy.resumes) if policy.resumes else None
-        self._targets = set(table.targets())
+        self._targets = set(table.drawn if reach else table.targets())
         self._events: list[tuple[float, int, _Run]] = []
         self._order = itertools.count()
         self._num_trials = 0
@@ -229,9 +233,11 @@ class Replay:
                 value = float(self._table.final[run.point])
                 best = max(best, value)
                 self._study.tell(run.number, value)
-                if value >= self._table.goal and not run.is_known:
+                if not self._reach and value >= self._table.goal and not run.is_known:
                     return Outcome(now, self._num_trials, best)
                 self._begin(now)
+            elif self._reach and self._value(run) >= self._reach:
+                return Outcome(now, self._num_trials, self._value(run))
             elif self._goes_on(run):
                 self._next(now, run)
             else:
@@ -327,14 +333,18 @@ class Replay:
         run.seconds += seconds
         heapq.heappush(self._events, (now + seconds, next(self._order), run))
 
+    def _value(self, run: _Run) -> float:
+        """Of its last report."""
+        return float(self._table.values[run.point, run.step * self._policy.every - 1])
+
     def _goes_on(self, run: _Run) -> bool:
         """Store its report and decide; what ends is told to the study."""
-        value = self._table.values[run.point, run.step * self._policy.every - 1]
+        value = self._value(run)
         if not math.isfinite(value):
             optuna.trial.Trial(self._study, run.trial_id).set_constraint("diverged", 1.0)
             self._study.tell(run.number, state=TrialState.PRUNED)
             return False
-        self._storage.set_trial_intermediate_value(run.trial_id, run.step, float(value))
+        self._storage.set_trial_intermediate_value(run.trial_id, run.step, value)
         clock = self._storage.get_trial(run.trial_id).user_attrs.get(_CLOCK, [])
         self._storage.set_trial_user_attr(run.trial_id, _CLOCK, [*clock, run.seconds])
         if run.step == self._num_reports:  # as in the product, trained whole is complete
@@ -574,11 +584,13 @@ def _extrapolated(
     return Extrapolated(kind, num_reports, within)
 
 
-def search(table: Table, policy: Policy, num_workers: int, seed: int) -> Outcome:
+def search(
+    table: Table, policy: Policy, num_workers: int, seed: int, reach: float | None = None
+) -> Outcome:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return Replay(table, policy, seed, num_workers).run()
+        return Replay(table, policy, seed, num_workers, reach).run()
 
 
 class Summary(NamedTuple):
@@ -622,9 +634,10 @@ def _seconds(seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--table", type=Path, default=Path("tests/data/curves.npz"))
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--workers", type=int, default=2, help="simulated ones")
+    parser.add_argument("--reach", type=float, help="accuracy of a report, from 0 to 1")
     parser.add_argument("--policy", action="append", help="begins so; all where none is given")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     given = parser.parse_args()
@@ -634,8 +647,10 @@ def main() -> None:
     whole = table.start + np.nansum(table.report + table.measure, 1) + table.last
     print(
         f"{len(table.drawn)} points, {len(table.targets())} of them targets (at least "
-        f"{table.goal:.4f}; best {table.final[table.drawn].max():.4f}); a whole trial takes "
-        f"{np.median(whole[table.drawn]):.0f} s in the median; {given.seeds} seeds, "
+        f"{table.goal:.4f}; best {table.final[table.drawn].max():.4f}); "
+        + (f"here any report of {given.reach:g} is one; " if given.reach else "")
+        + "a whole trial takes "
+        + f"{np.median(whole[table.drawn]):.0f} s in the median; {given.seeds} seeds, "
         f"{given.workers} simulated workers; seconds:"
     )
     began, summaries = time.monotonic(), {}
@@ -643,7 +658,7 @@ def main() -> None:
         # All at once, so that no process waits for the last seed of a policy.
         found = {
             name: pool.map(
-                functools.partial(search, table, policy, given.workers),
+                functools.partial(search, table, policy, given.workers, reach=given.reach),
                 range(given.seeds),
                 chunksize=5,
             )

@@ -113,6 +113,14 @@ def test_time_is_that_of_the_trials_shared_among_the_workers():
     assert two == {long_, short + long_}
 
 
+def test_a_report_of_so_much_is_reached_before_its_trial_ends():
+    made = stored([{"rate": 0.01, "units": 16, "optimizer": "adam"}] * 2)
+    made["monitor"] = [[0.1, 0.9, *[0.2] * 6]] * 2
+    table = replay.Table(made)
+    assert replay.search(table, Policy("random"), 1, 0, reach=0.9).seconds == 3 + 2 * 2
+    assert math.isinf(replay.search(table, Policy("random"), 1, 0, reach=0.91).seconds)
+
+
 def halving(factor):
     return functools.partial(replay._halving, first=1, factor=factor)
 
