@@ -44,7 +44,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import sampling
-from search.pruning import SuccessiveHalvingOfReports, is_beaten, pruner
+from search.pruning import Standing, SuccessiveHalvingOfReports, is_beaten, pruner
 from studies.study import Study
 
 CLOSE = 0.003  # of the best, in accuracy
@@ -394,6 +394,15 @@ class _Rungs:
         return values[going_on - 1] if going_on else math.inf
 
 
+class Lenient(SuccessiveHalvingOfReports):
+    """The product's, but before so many trials have come to a rung that one in `reduction_factor`
+    is one, all go on."""
+
+    def standing(self, study: optuna.Study, trial: FrozenTrial) -> Standing | None:
+        standing = super().standing(study, trial)
+        return standing if standing and standing.of >= self._reduction_factor else None
+
+
 class HalvingOfSeconds(optuna.pruners.BasePruner):
     """Successive halving whose rungs are seconds of training: a dear model is held against what
     cheap ones have reached in the same time.
@@ -418,9 +427,9 @@ class HalvingOfSeconds(optuna.pruners.BasePruner):
             for other in study.get_trials(deepcopy=False)
             if other.number != trial.number and other.user_attrs.get(_CLOCK, [0.0])[-1] >= rung
         ]
-        going_on = (len(others) + 1) // self._factor
+        going_on = max(1, (len(others) + 1) // self._factor)
         value = max(trial.intermediate_values.values())
-        return bool(going_on) and sum(other > value for other in others) >= going_on
+        return sum(other > value for other in others) >= going_on
 
 
 def _best_by(trial: FrozenTrial, seconds: float) -> float:
@@ -524,6 +533,9 @@ def policies(table: Table) -> dict[str, Policy]:
         "tpe + halving 1/6": halving(1, 6),
         "tpe + Hyperband": Policy(pruner=_hyperband),
         "default": default,
+        "default, lenient": Policy(
+            own["sampler"], functools.partial(_lenient, first=first, factor=factor)
+        ),
         "default, known points": Policy(default.sampler, default.pruner, known=True),
         "default, 2 reports in 1": Policy(default.sampler, default.pruner, every=2),
         **{
@@ -559,6 +571,10 @@ def policies(table: Table) -> dict[str, Policy]:
 
 def _halving(num_reports: int, first: int, factor: int) -> optuna.pruners.BasePruner:
     return SuccessiveHalvingOfReports(first, factor)
+
+
+def _lenient(num_reports: int, first: int, factor: int) -> optuna.pruners.BasePruner:
+    return Lenient(first, factor)
 
 
 def _own(name: str, first: int, factor: int, num_reports: int) -> optuna.pruners.BasePruner:

@@ -30,9 +30,11 @@ def asked(study, reports, pruner):
 @pytest.mark.parametrize(
     ("factor", "others", "own", "is_pruned"),
     [
-        # The first to arrive go on: there is nothing to hold them against.
+        # The first to arrive goes on, and of those before there are `factor` the best so far.
         (3, [], 0.1, False),
-        (3, [0.9], 0.1, False),
+        (3, [0.9], 0.1, True),
+        (3, [0.9], 0.95, False),
+        (3, [0.9], 0.9, False),
         (2, [], 0.1, False),
         # From `factor` on, the best 1/factor, rounded down.
         (3, [0.9, 0.8], 0.95, False),
@@ -44,7 +46,8 @@ def asked(study, reports, pruner):
         (2, [0.9], 0.8, True),
         (2, [0.9], 0.95, False),
         (2, [0.9, 0.8, 0.7], 0.85, False),
-        (4, [0.9, 0.8], 0.1, False),
+        (4, [0.9, 0.8], 0.85, True),
+        (4, [0.9, 0.8], 0.95, False),
         (4, [0.9, 0.8, 0.7], 0.85, True),
         # Who is as good as the last that goes on goes on as well.
         (3, [0.9, 0.8], 0.9, False),
@@ -149,7 +152,7 @@ def test_whose_reports_count(state, counts):
 
 
 def test_those_that_never_came_to_the_rung_do_not_count():
-    study = study_with({1: 0.9}, {1: 0.9, 2: 0.9}, {1: 0.9, 3: 0.9})
+    study = study_with({1: 0.9}, {1: 0.9, 2: 0.9}, {1: 0.05, 3: 0.05})
     assert asked(study, {1: 0.1, 3: 0.1}, SuccessiveHalvingOfReports(1, 3)) is False
 
 
