@@ -78,6 +78,20 @@ def write_json(path: str | Path, value: Any, *, inside: str | Path | None = None
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n", inside=inside)
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` has written; None where there is no file.
+
+    Raises:
+        SearchError: if it can't be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise SearchError(f"{path} can't be read: {error}", exit_code=EXIT_DAMAGED) from None
+
+
 def refuse_symlink(path: str | Path, *, inside: str | Path | None = None) -> None:
     """Raises SearchError if writing to `path` would write somewhere else.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -147,6 +146,8 @@ class _Journey:
             self._report(_LAST_REPORT)
 
     def _run_what_is_missing(self, final: bool) -> Outcome:
+        if self._study is None:
+            self._refuse_folder_of_another()
         folders.clean(self._folder)
         opening = {"type": "open", "file": str(self._entry.file)}
         engine = self._engine()
@@ -154,6 +155,18 @@ class _Journey:
             devices_ = engine.devices(*devices.asked_for(self._options))
             pool = Pool(engine, devices_, opening, self._options.get("silence"))
             return self._run_on(pool, final)
+
+    def _refuse_folder_of_another(self) -> None:
+        """Models are named by trials' numbers: another study's would be overwritten."""
+        names = set() if self._options.get("storage") else set(self._database.names())
+        metrics = artifacts.read_json(self._folder / "metrics.json") or {}
+        names.add(metrics.get("study", self._entry.name))
+        if others := sorted(names - {self._entry.name}):
+            raise SearchError(
+                f"{self._folder} holds a run of study {others[0]!r}, whose models would be "
+                "overwritten; take another --out",
+                exit_code=EXIT_USAGE,
+            )
 
     def _engine(self) -> Engine:
         if self._options.get("engine") != "ray":
@@ -226,7 +239,7 @@ class _Journey:
         measured = self._study.user_attrs.get("measured")
         if not retraining.is_done() or measured != self._measured(retraining.jobs):
             return None
-        return self._outcome(settings, json.loads((self._folder / "metrics.json").read_text()))
+        return self._outcome(settings, artifacts.read_json(self._folder / "metrics.json"))
 
     def _begin(self, pool: Pool) -> Settings:
         """Check that it is the study that it was, fetch the data; nothing is stored before."""
@@ -402,11 +415,11 @@ class _Journey:
 
     def _outcome(self, settings: Settings, figures: dict[str, Any] | None) -> Outcome:
         assert self._study is not None
-        run = self._run() or {}
         best = next(
             (
-                (trial.number, trial.value or 0.0, results.begun_from(run, trial.number))
-                for trial in results.winners(self._study, 1)
+                (row.number, row.value or 0.0, row.weights)
+                for row in results.rows(self._study)[:1]
+                if row.state == "complete"
             ),
             None,
         )

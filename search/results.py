@@ -110,10 +110,10 @@ def chosen(study: optuna.Study, top: int, number: int | None) -> list[FrozenTria
         )
     trials = study.get_trials(deepcopy=False)
     for trial in trials:
-        if trial.number == number and trial.params:
+        if trial.number == number and (trial.params or trial.state.is_finished()):
             return [trial]
     raise SearchError(
-        f"study {study.study_name!r} has no trial {number} with params; it has {len(trials)} "
+        f"study {study.study_name!r} has no trial {number} that has begun; it has {len(trials)} "
         "trials, see `fmnist-search show`",
         exit_code=EXIT_USAGE,
     )
@@ -144,11 +144,11 @@ def saved_share(study: optuna.Study) -> float:
 
 def search_seconds(study: optuna.Study) -> float:
     """Time in which at least one trial was running, however often the search was interrupted."""
+    # One that an interruption has cut off has no end: it ran until it was last seen.
     intervals = sorted(
-        (attempt["start"], attempt["end"])
+        (attempt["start"], attempt.get("end", attempt.get("seen", attempt["start"])))
         for trial in study.get_trials(deepcopy=False)
         for attempt in trial.user_attrs.get("attempts", [])
-        if "end" in attempt
     )
     total, reached = 0.0, 0.0
     for start, end in intervals:
@@ -162,13 +162,21 @@ def published(winner: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     with its spread, and the difference. One that is not measured here has none."""
     for figure, there in winner["published"].items():
         short_name, _, what = figure.partition("_")
-        part, num_seeds = winner[PARTS[short_name]], len(winner["seeds"])
-        here = part["mean"].get(what)
-        name = f"{PARTS[short_name]} {what}"
-        if here is None:
-            yield name, f"{there:.4f}", "not measured", ""
+        part, name = winner.get(PARTS[short_name]), f"{PARTS[short_name]} {what}"
+        here = spread(part, what, len(winner["seeds"]))
+        if part and here:
+            yield name, f"{there:.4f}", here, f"{part['mean'][what] - there:+.4f}"
         else:
-            yield name, f"{there:.4f}", spread(part, what, num_seeds), f"{here - there:+.4f}"
+            yield name, f"{there:.4f}", "not measured", ""
+
+
+def diverged(figures: Mapping[str, Any]) -> Iterator[str]:
+    """What metrics.json has no figures of, a line for each."""
+    for lost in figures.get("diverged", []):
+        name = f"trial {lost['trial']}"
+        if len(lost["params"]) == 1:
+            name += f" ({point_name(lost['params'])})"
+        yield f"{name} has no figures: it diverged with every seed ({lost['reason']})"
 
 
 def point_name(params: Mapping[str, Any]) -> str:
@@ -190,14 +198,18 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def begun_from(run: Mapping[str, Any], number: int) -> str:
+def begun_from(run: Mapping[str, Any], number: int, attrs: Mapping[str, Any]) -> str:
     """The label of the weights that a trial's training began from, to stand beside its figures; ""
-    where the study (its attribute `run`) or the point begins from no pretrained ones."""
-    weights = run.get("weights")
-    if not weights:
+    where the study (its attribute `run`) or the point begins from no pretrained ones.
+
+    Args:
+        attrs: of the trial, or what is stored of its retraining.
+    """
+    if not (weights := run.get("weights")):
         return ""
     is_comparison = run["fixed"]["kind"] == "comparison"
-    return "" if is_comparison and not run["pretrained"][number] else str(weights["label"])
+    says = run["pretrained"][number] if is_comparison else attrs.get("pretrained")
+    return "" if says is False else str(weights["label"])  # earlier versions stored nothing
 
 
 def _row(trial: FrozenTrial, run: Mapping[str, Any]) -> Row:
@@ -213,11 +225,14 @@ def _row(trial: FrozenTrial, run: Mapping[str, Any]) -> Row:
         attempts=len(attrs.get("attempts", [])),
         reason=attrs.get("reason", ""),
         params=trial.params,
-        weights=begun_from(run, trial.number),
+        weights=begun_from(run, trial.number, attrs),
     )
 
 
-def spread(part: Mapping[str, Any], name: str, num_seeds: int) -> str:
-    """A figure of `{"mean": {...}, "std": {...}}` in words; one seed has no spread to show."""
+def spread(part: Mapping[str, Any] | None, name: str, num_seeds: int) -> str:
+    """A figure of `{"mean": {...}, "std": {...}}` in words, "" where it is none of them: a `fit` of
+    the user's own may measure what it likes. One seed has no spread to show."""
+    if not part or name not in part["mean"]:
+        return ""
     mean = f"{part['mean'][name]:.4f}"
     return f"{mean} ± {part['std'][name]:.4f}" if num_seeds > 1 else mean

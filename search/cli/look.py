@@ -197,7 +197,7 @@ def predict(
 
     entry = catalogue.find(study)
     folder = runs.folder_of(entry, out)
-    rows = inference.classify(folder, entry.file, images, model=model, invert=invert)
+    rows = inference.classify(entry.name, folder, entry.file, images, model=model, invert=invert)
     listing.print_classified(rows)
 
 

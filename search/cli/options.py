@@ -114,7 +114,8 @@ running = _options(
     click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True,
                  help="Trainings of each winner."),
     click.option("--final-epochs", type=Epochs(),
-                 help="Of a winner's training.  [default: the study's, else as served it best]"),
+                 help="Of a winner's training.  [default: the study's, else as served it best; to "
+                 "retrain, the run's]"),
     click.option("--log", type=click.Choice(["tensorboard", "csv"]),
                  help="Each trial's curve, for other tools."),
     verbosity,

@@ -84,4 +84,5 @@ def stored_options(study: str, out: Path | None, url: str | None) -> dict[str, A
     options = {name: value for name, value in run["fixed"].items() if name != "kind"}
     references = {name: run.get(name) for name in ("dataset", "weights")}
     options |= {name: known["reference"] for name, known in references.items() if known}
-    return options | {"precision": run.get("told", {}).get("precision")}
+    told = ["precision"] + ["final_epochs"] * (run["fixed"]["kind"] != "comparison")
+    return options | {name: run.get("told", {}).get(name) for name in told}

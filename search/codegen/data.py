@@ -53,7 +53,7 @@ def data_code(source: DataSource) -> DataCode:
             f"Received: {source.name!r}"
         )
     constants = (f"DATA = Path({quoted(source.name)})",)
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return DataCode(code=_NPZ, imports=("from pathlib import Path",), constants=constants)
     if source.input_shape[2] not in _MODES:
         raise ValueError(
@@ -120,7 +120,9 @@ def as_pixels(images, scale):
 _FOLDER = '''\
 def load_data():
     """Images (n, *IMAGE_SHAPE) uint8; labels (n,) by the order of the class folders' names."""
-    has_train = (DATA / "train").is_dir()
+    names = {folder.name for folder in class_folders(DATA)}
+    # Else "train" is a class like the others.
+    has_train = "train" in names and bool(class_folders(DATA / "train"))
     has_test = has_train and (DATA / "test").is_dir()
     train, test = [], []  # (path, label)
     for label, folder in enumerate(class_folders(DATA / "train" if has_train else DATA)):

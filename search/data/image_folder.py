@@ -209,6 +209,8 @@ def _images_by_class(top: Path) -> _Images:
         raise _refused(top, "it holds 2 or more folders, one for each class", received, fix)
     images: _Images = {}
     for folder in folders:
+        if not _is_utf8(folder.name):  # no page could show it
+            raise _refused(top, "class names are UTF-8", ascii(folder.name), "rename the folder")
         names = [name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES)]
         images[folder.name] = [folder / name for name in sorted(names) if name[0] != "."]
         if not images[folder.name]:
@@ -216,6 +218,14 @@ def _images_by_class(top: Path) -> _Images:
             fix = "put images there, or take the folder away"
             raise _refused(folder, f"it holds images ({', '.join(SUFFIXES)})", received, fix)
     return images
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_parts(folder: Path, train: _Images, test: _Images) -> None:

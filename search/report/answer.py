@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
 from search import results
 from search.report import bars, page
 from search.report.bars import name_of
@@ -48,7 +50,7 @@ def _without_metrics(run: Run) -> list[Html]:
     made = []
     best = run.complete[0] if run.complete else None
     if best:
-        label = results.begun_from(run.started, best.number)
+        label = results.begun_from(run.started, best.number, best.user_attrs)
         begun_from = f", begun from {label}" if label else ""
         remark = f"of trial {best.number}, so far the best{begun_from}"
         is_share = run.kind != "objective"
@@ -57,7 +59,7 @@ def _without_metrics(run: Run) -> list[Html]:
     if best and run.is_comparison:
         rows = [
             (
-                _named(results.point_name(trial.params), run, trial.number),
+                _named(results.point_name(trial.params), run, trial),
                 f"{trial.value:.4f}",
                 trial.user_attrs.get("seeds", ""),
             )
@@ -75,8 +77,8 @@ def _without_metrics(run: Run) -> list[Html]:
     return made
 
 
-def _named(name: str, run: Run, number: int) -> str:
-    label = results.begun_from(run.started, number)
+def _named(name: str, run: Run, trial: FrozenTrial) -> str:
+    label = results.begun_from(run.started, trial.number, trial.user_attrs)
     return f"{name} ({label})" if label else name
 
 
@@ -119,6 +121,8 @@ def _remarks(run: Run) -> Iterable[Html]:
             f"{', '.join(random)}: from random weights, where the published model begins from "
             "pretrained ones. The figures are not those of the published method.", warns=True
         )  # fmt: skip
+    for line in results.diverged(run.metrics):
+        yield page.note(f"{line}.", warns=True)
     for winner in run.winners:
         if winner["diverged"]:
             yield page.note(
@@ -171,7 +175,7 @@ def _compared(run: Run) -> list[Html]:
         name = name_of(winner, run)
         num_seeds = len(winner["seeds"])
         accuracies = (
-            spread(winner[part], "accuracy", num_seeds) for part in results.PARTS.values()
+            spread(winner.get(part), "accuracy", num_seeds) for part in results.PARTS.values()
         )
         rows.append((name, *accuracies, num_seeds, f"{winner['epochs']:.1f}",
                      f"{winner['parameters']:,}"))  # fmt: skip

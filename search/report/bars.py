@@ -37,7 +37,7 @@ def bars(run: Run) -> list[Bar]:
     if ensemble and not run.is_comparison:
         name = f"ensemble of {ensemble['models']} models"
         made.append(Bar(name, ensemble["test"]["accuracy"], None, _OURS))
-    if run.dataset and run.dataset["name"] == references.DATASET:
+    if run.dataset and run.dataset["reference"] == references.DATASET:
         published = ((references.BASELINES, _BASELINE), (references.FIELD, _FIELD))
         made += [
             Bar(name, accuracy, None, group)

@@ -22,7 +22,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from search import artifacts, results
-from search.errors import EXIT_DAMAGED, EXIT_NOTHING_USABLE, SearchError
+from search.errors import EXIT_NOTHING_USABLE, SearchError
 
 NAME = "report.html"
 Winner = Mapping[str, Any]
@@ -154,12 +154,6 @@ def mark_of(file: Path) -> str | None:
 
 
 def _metrics(folder: Path, name: str) -> Mapping[str, Any] | None:
-    path = folder / "metrics.json"
-    try:
-        metrics = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise SearchError(f"{path} can't be read: {error}", exit_code=EXIT_DAMAGED) from None
-    # A folder may hold several studies; the figures are then of the last that was measured.
-    return metrics if metrics.get("study") == name else None
+    # In a folder of an earlier version several studies may lie.
+    metrics = artifacts.read_json(folder / "metrics.json")
+    return metrics if metrics and metrics.get("study") == name else None

@@ -128,6 +128,12 @@ class Database(ABC):
         except KeyError:
             return None
 
+    def names(self) -> list[str]:
+        """Of the studies that are there."""
+        with self._version_named():
+            storage = self.reader()
+        return [study.study_name for study in storage.get_all_studies()] if storage else []
+
     def _present(self, study: optuna.Study) -> optuna.Study:
         if to := study.user_attrs.get(MOVED):
             raise SearchError(

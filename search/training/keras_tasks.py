@@ -81,6 +81,9 @@ class KerasTasks(Objective):
             return {"outcome": "diverged", "reason": progress.diverged}
         if found := training.unsound(figures):
             return {"outcome": "diverged", "reason": f"{found} on the validation part"}
+        # The last update may have come after the last loss, and a fit of its own may watch none.
+        if not all(np.isfinite(array).all() for array in model.get_weights()):
+            return {"outcome": "diverged", "reason": "weights that are not finite at its end"}
         space.before_saving(model)
         path = Path(message["path"])
         with artifacts.write_atomically(path, num_bytes=_num_bytes(model)) as beside:
@@ -93,6 +96,7 @@ class KerasTasks(Objective):
             "seconds": progress.seconds,
             "parameters": model.count_params(),
             "trained_on": trained_on,
+            "pretrained": space.is_pretrained(hp),
             "epochs": trained,
             "flops": complexity.flops(model),
             "kept_epochs": trained if kept < 0 else trained * (kept + 1) / num_reports,

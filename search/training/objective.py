@@ -103,6 +103,8 @@ class Objective:
         # Now, since a trial that is pruned is finished before this function is.
         trial.set_user_attr("parameters", complexity.parameters(model))
         trial.set_user_attr("flops", complexity.flops(model))
+        if self._settings["weights"]:
+            trial.set_user_attr("pretrained", space.is_pretrained(hp))
         batch_size = hp.values.get("batch_size", self._study.batch_size)
         trial.set_user_attr("memory", complexity.training_bytes(model, batch_size))
         if too_much := limits.excess(model, batch_size, self._study):

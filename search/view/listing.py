@@ -233,6 +233,8 @@ def _print_winners(figures: dict[str, Any]) -> None:
             f"ensemble of {ensemble['models']} models: test accuracy "
             f"{ensemble['test']['accuracy']:.4f}, loss {ensemble['test']['loss']:.4f}"
         )
+    for line in results.diverged(figures):
+        _say(line)
 
 
 def _print_compared(figures: dict[str, Any]) -> None:
@@ -244,7 +246,7 @@ def _print_compared(figures: dict[str, Any]) -> None:
         name = results.point_name(winner["params"])
         label = f"{name} ({winner['weights']})" if winner["weights"] else name
         num_seeds = len(winner["seeds"])
-        parts = (winner[part] for part in results.PARTS.values())
+        parts = (winner.get(part) for part in results.PARTS.values())
         table.add_row(
             escape(label),
             *(results.spread(part, "accuracy", num_seeds) for part in parts),
@@ -257,6 +259,8 @@ def _print_compared(figures: dict[str, Any]) -> None:
     _console.print(table)
     if published.rows:
         _console.print(published)
+    for line in results.diverged(figures):
+        _say(line)
     seconds = figures["search"]["seconds"]
     _console.print(f"trained in {duration(seconds)}")
 

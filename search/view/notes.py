@@ -27,6 +27,7 @@ _MAX_CLASSES = 20  # of a confusion matrix in a note
 _PLOT = "dashboard:plot_data:"  # before a plot's name and the number of a part
 # An attribute can't be taken away: what stands in the place of a plot that is no more.
 _NO_PLOT = '{"data": [], "layout": {"title": {"text": "There is no such winner any more"}}}'
+_WINNER = "## Winner"  # begins the note of one
 _METRIC_NAMES = "study:metric_names"  # what Study.set_metric_names writes, with a warning
 _UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -69,6 +70,11 @@ def save_answer(study: optuna.Study, figures: Mapping[str, Any]) -> None:
     class_names = figures["dataset"]["class_names"]
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     before = _attrs(study)
+    winners = {winner["trial"] for winner in figures["winners"]}
+    for trial in trials.values():
+        was_winner = before.get(f"{_prefix(trial._trial_id)}0", "").startswith(_WINNER)
+        if was_winner and trial.number not in winners:
+            _save(study, trial._trial_id, _of_trial(study, trial, None), before)
     for rank, winner in enumerate(figures["winners"], 1):
         trial = trials[winner["trial"]]
         lines = [*_of_winner(winner, rank, class_names), "", *_of_trial(study, trial, None)]
@@ -111,7 +117,7 @@ def _of_trial(study: optuna.Study, trial: FrozenTrial, standing: Standing | None
         rows["best report"] = f"{results.decimal(values[best])}, report {best}"
     if trial.state == TrialState.COMPLETE:
         rows[_metric(study)] = f"**{results.decimal(trial.value)}**"
-    if label := results.begun_from(study.user_attrs.get("run", {}), trial.number):
+    if label := results.begun_from(study.user_attrs.get("run", {}), trial.number, attrs):
         rows["begun from"] = label
     if isinstance(parameters := attrs.get("parameters"), int):
         rows["parameters"] = f"{parameters:,}"
@@ -163,7 +169,7 @@ def _ending(trial: FrozenTrial, num_reports: int | None, standing: Standing | No
 def _of_winner(winner: Mapping[str, Any], rank: int, class_names: Sequence[str]) -> Iterator[str]:
     seeds, test = winner["seeds"], winner["test"]
     accuracy = results.spread(test, "accuracy", len(seeds))
-    yield f"## Winner {rank}: test accuracy {accuracy}"
+    yield f"{_WINNER} {rank}: test accuracy {accuracy}"
     yield ""
     yield (
         f"Trained again with {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} for "
@@ -279,7 +285,7 @@ def _save(
         before: the system attributes as they are.
     """
     body = "\n".join(lines)
-    prefix = "dashboard:note_str:" if trial_id is None else f"dashboard:{trial_id}:note_str:"
+    prefix = _prefix(trial_id)
     parts = [body[at : at + _MAX_LENGTH] for at in range(0, len(body), _MAX_LENGTH)]
     num_before = sum(key.startswith(prefix) for key in before)
     for index in range(max(len(parts), num_before)):
@@ -287,6 +293,11 @@ def _save(
     # Last: without a version there is no note, and half of one is never shown as the first.
     version = _version_key(trial_id)
     _set(study, version, before.get(version, 0) + 1)
+
+
+def _prefix(trial_id: int | None) -> str:
+    """Before the number of a note's part."""
+    return "dashboard:note_str:" if trial_id is None else f"dashboard:{trial_id}:note_str:"
 
 
 def _attrs(study: optuna.Study) -> dict[str, Any]:

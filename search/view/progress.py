@@ -47,15 +47,18 @@ class View:
         self._picture = Picture()
         self._size = self.console.size
         self._slots: list[Slot] = []
+        self._handlers: list[logging.Handler] = []
         self._drawn = 0.0  # monotonic seconds, of the last frame
         self.saved = 0.0  # share of the training that pruning saved
 
     def __enter__(self) -> Self:
+        self._before = logger.level, logger.propagate
         logger.setLevel(logging.DEBUG)  # each handler shows what it is there for
-        logger.addHandler(self._handler())
+        logger.propagate = False  # a caller's own handlers would show all of it
+        self._add(self._handler())
         if self._is_live:
             if self._verbosity == 0:  # above, they stand over the view
-                logger.addHandler(_Events(self))
+                self._add(_Events(self))
             self._live.start()
         return self
 
@@ -67,14 +70,20 @@ class View:
     ) -> None:
         if self._is_live:
             self._live.stop()
-        for handler in list(logger.handlers):
+        for handler in self._handlers:
             logger.removeHandler(handler)
             handler.close()
+        level, logger.propagate = self._before
+        logger.setLevel(level)
 
     def log_to(self, path: Path) -> None:
         """Also write every line to a file, after what stands there."""
         handler = _File(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._add(handler)
+
+    def _add(self, handler: logging.Handler) -> None:
+        self._handlers.append(handler)
         logger.addHandler(handler)
 
     def begin(self, title: str, goal: int, num_reports: int = 0) -> None:

@@ -17,7 +17,8 @@ metrics.json, schema 1:
         evaluation, evaluation_sha256, test {<figure>, per_class, confusion_matrix}; the first also
         pictures, pictures_sha256 (search/winners/pictures.py)}]}],
     ensemble: the mean of the probabilities of all these models, {models, test}; None for fewer
-        than two
+        than two,
+    diverged: winners of which no training ended soundly: [{trial, params, reason}]
 
 Figures are fractions, losses in nats, times in seconds; std is that of a sample, over seeds.
 """
@@ -35,9 +36,10 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from search import artifacts, catalogue, provenance, results
+from search.data import datasets
 from search.data.weights import RANDOM
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 from search.settings import Settings, resolve
@@ -96,8 +98,8 @@ def subject(settings: Settings, run: dict[str, Any]) -> dict[str, Any]:
 def measured(
     jobs: list[Job], run: dict[str, Any], settings: Settings, folder: Path
 ) -> dict[str, Any]:
-    """The winners' figures and those of their ensemble; `run` has dataset, weights, pretrained and
-    described.
+    """The winners' figures and those of their ensemble, and what diverged with every seed; `run`
+    has dataset, weights, pretrained and described.
 
     Raises:
         SearchError: if every retraining diverged.
@@ -108,15 +110,20 @@ def measured(
     usable = [of for of in by_trial.values() if any("evaluation" in job.record for job in of)]
     if not usable:
         raise SearchError(
-            f"every retraining diverged: {jobs[0].record['diverged']}; try --final-epochs or "
-            "a larger --top",
+            f"every training diverged: {jobs[0].record['diverged']}; a smaller learning rate may "
+            "help, or the next best trials of a search (--top)",
             exit_code=EXIT_NOTHING_USABLE,
         )
     class_names = run["dataset"]["class_names"]
-    winners = [_winner(of, class_names, folder) | _origin(of[0], run, settings) for of in usable]
+    winners = [_winner(of, class_names, folder) | _origin(of, run, settings) for of in usable]
     return {
         "winners": sorted(winners, key=lambda winner: -(winner["validation_accuracy"] or 0.0)),
         "ensemble": _ensemble([job for of in usable for job in of], class_names, folder),
+        "diverged": [
+            {"trial": trial, "params": of[0].params, "reason": of[0].record["diverged"]}
+            for trial, of in by_trial.items()
+            if of not in usable
+        ],
     }
 
 
@@ -160,15 +167,17 @@ def leaderboard(study: optuna.Study, trials: Sequence[FrozenTrial], format_: str
     """Trials of a study as text: "yaml", "json" or "csv"."""
     run = study.user_attrs.get("run", {})
     is_objective = run.get("fixed", {}).get("kind") == "objective"
-    rows = [
-        {
-            "trial": trial.number,
-            "value" if is_objective else "validation_accuracy": trial.value,
-            **({"weights": label} if (label := results.begun_from(run, trial.number)) else {}),
-            "params": trial.params,
-        }
-        for trial in trials
-    ]
+    rows = []
+    for trial in trials:
+        label = results.begun_from(run, trial.number, trial.user_attrs)
+        rows.append(
+            {
+                "trial": trial.number,
+                "value" if is_objective else "validation_accuracy": _value(trial),
+                **({"weights": label} if label else {}),
+                "params": trial.params,
+            }
+        )
     if format_ == "yaml":
         return to_yaml(rows)
     if format_ == "json":
@@ -197,7 +206,7 @@ def script(study: optuna.Study, trial: FrozenTrial, file: Path, options: dict[st
     job = new_job(trial, 0, settings, run["num_reports"])
     record = study.user_attrs.get(job.key, job.record)
     validated = "validated" in record and "kept_epochs" in record
-    value = "" if trial.value is None else f", validation accuracy {trial.value:.4f}"
+    value = "" if _value(trial) is None else f", validation accuracy {trial.value:.4f}"
     data = {name: run["dataset"][name] for name in ("name", "reference", "input_shape")}
     task = {
         "task": "script",
@@ -248,16 +257,23 @@ def _winner(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict[s
     }
 
 
-def _origin(job: Job, run: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def _origin(jobs: list[Job], run: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What a winner began from, and what was published of it: nothing that compares with a figure
     from other data, or from random weights instead of pretrained ones."""
-    label = results.begun_from(run, job.trial) or None
     described = run["described"]
-    is_same_data = run["dataset"]["name"] == described.get("dataset")
+    own_data = datasets.resolve(described["dataset"], Path(settings.file).parent)
+    is_same_data = run["dataset"]["reference"] == own_data
+    trained = next(job.record for job in jobs if "evaluation" in job.record)
+    label = results.begun_from(run, jobs[0].trial, trained) or None
     figures = {}
     if settings.kind == "comparison" and described["published"] and is_same_data:
-        figures = described["published"][job.trial]
+        figures = described["published"][jobs[0].trial]
     return {"weights": label, "published": {} if label == RANDOM else figures}
+
+
+def _value(trial: FrozenTrial) -> float | None:
+    """Of a trial that was pruned, Optuna takes the last report for the value."""
+    return trial.value if trial.state == TrialState.COMPLETE else None
 
 
 def _mean(values: list[float]) -> float | None:
@@ -287,7 +303,9 @@ def _ensemble(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict
 
 
 def _to_csv(rows: list[dict[str, Any]]) -> str:
-    own = rows[0].keys() - {"params"}  # columns, which a hyperparameter's name may not take
+    own = {name for row in rows for name in row} - {
+        "params"
+    }  # columns, which a hyperparameter's name may not take
     flat = [
         {name: row[name] for name in row if name in own}
         | {f"params_{k}" if k in own else k: v for k, v in row["params"].items()}

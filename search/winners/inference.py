@@ -1,17 +1,16 @@
 """What a tested model says about images of the user's own.
 
-rows = classify(Path("runs/cnn"), file_of_the_study, [Path("shoe.png")])
+rows = classify("cnn", Path("runs/cnn"), file_of_the_study, [Path("shoe.png")])
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from search import artifacts
-from search.errors import EXIT_DAMAGED, EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
+from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 from search.workers.pool import run_task
 
 
@@ -23,12 +22,13 @@ class Classified(NamedTuple):
 
 
 def classify(
-    folder: Path, study_file: Path, images: Sequence[Path], *, model: str = "winner",
+    study: str, folder: Path, study_file: Path, images: Sequence[Path], *, model: str = "winner",
     invert: bool = False,
 ) -> list[Classified]:  # fmt: skip
     """Let the winner, or all retrained models together, classify image files.
 
     Args:
+        study: the name of the one that was run.
         folder: of a finished run.
         study_file: which may define layers of the model.
         images: PNG or JPEG, any size, grey or colour.
@@ -42,6 +42,12 @@ def classify(
         if not image.is_file():
             raise SearchError(f"there is no image {str(image)!r}", exit_code=EXIT_USAGE)
     metrics = read_metrics(folder)
+    if metrics["study"] != study:
+        raise SearchError(
+            f"the tested models in {folder} are those of study {metrics['study']!r}, not of "
+            f"{study!r}",
+            exit_code=EXIT_USAGE,
+        )
     paths = artifacts.verified_models(metrics, folder)
     if model == "winner":
         paths = paths[:1]
@@ -69,14 +75,11 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     Raises:
         SearchError: if there is none yet, or it can't be read.
     """
-    path = folder / "metrics.json"
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
+    metrics = artifacts.read_json(folder / "metrics.json")
+    if metrics is None:
         raise SearchError(
-            f"{folder} has no tested model yet: there is no {path.name}. Search and retrain first: "
-            "fmnist-search --study NAME",
+            f"{folder} has no tested model yet: there is no metrics.json. Search and retrain "
+            "first: fmnist-search --study NAME",
             exit_code=EXIT_NOTHING_USABLE,
-        ) from None
-    except (OSError, ValueError) as error:
-        raise SearchError(f"{path} can't be read: {error}", exit_code=EXIT_DAMAGED) from None
+        )
+    return dict(metrics)

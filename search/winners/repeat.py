@@ -69,7 +69,7 @@ def repeat(
         options: of the run.
 
     Raises:
-        SearchError: if there is no such trial, or its worker dies.
+        SearchError: if there is no such trial, the data are others, or its worker dies.
     """
     (trial,) = results.chosen(study, 1, number)
     run = study.user_attrs["run"]
@@ -80,6 +80,14 @@ def repeat(
     settings, _ = verified.with_weights(
         dataclasses.replace(settings, folder=str(folder.absolute()))
     )
+    if data := run["dataset"]:
+        now = verified.described_data(settings.dataset)
+        if now["sha256"] != data["sha256"]:
+            raise SearchError(
+                f"{settings.dataset} has other data than the trial was trained on (SHA-256 "
+                f"{now['sha256'][:12]}, then {data['sha256'][:12]}): put them back as they were",
+                exit_code=EXIT_USAGE,
+            )
     opening = {"type": "open", "file": str(file)}
     pool = Pool(LocalEngine(folder / "logs"), [_device(trial, run)], opening)
     with signals.ending(pool), pool:

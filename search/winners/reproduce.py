@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -91,6 +90,7 @@ def train(path: Path, folder: Path, options: dict[str, Any], view: View) -> dict
         SearchError: for what the user can mend.
     """
     config = read_config(path)
+    _refuse_another_config(config, folder)
     entry = catalogue.find(options.get("study") or config.get("study_file") or config["study"])
     devices_ = devices.share_out(*devices.asked_for(options))
     folders.refuse_links(folder)
@@ -156,14 +156,16 @@ def _train(
     # What makes a stored model the one that is asked for, beside its seed and length.
     question = {
         "study": entry.name,
+        "file": artifacts.sha256(entry.file),
         "params": config["params"],
+        **{name: how[name] for name in ("images_per_report", "batch_size", "study_seed")},
         "data": dataset["sha256"],
         "precision": ready["precision"],
         "weights": pretrained and pretrained["sha256"],
     }
     jobs = _jobs(config, options.get("seeds"), question)
     records = folder / "training.json"
-    stored = json.loads(records.read_text()) if records.exists() else {}
+    stored = artifacts.read_json(records) or {}
     for job in jobs:
         record = stored.get(job.key, {})
         if all(record.get(name) == value for name, value in job.record.items()):
@@ -208,9 +210,22 @@ def _jobs(config: dict[str, Any], num_seeds: int | None, question: dict[str, Any
         length["validated"] = True
     accuracy = config["validation"]["accuracy"]
     return [
-        Job(trial, index, seed, config["params"], accuracy, 1.0, {**length, **question})
+        Job(
+            *(trial, index, seed, config["params"], accuracy, 1.0),
+            record={**length, **question, "seed": seed},
+        )
         for index, seed in enumerate(seeds)
     ]
+
+
+def _refuse_another_config(config: dict[str, Any], folder: Path) -> None:
+    """Its figures would be lost, and its models have the same names."""
+    stored = artifacts.read_json(folder / "metrics.json")
+    if stored and stored.get("config") != config:
+        raise SearchError(
+            f"{folder} holds the figures of another config; take --out for another folder",
+            exit_code=EXIT_USAGE,
+        )
 
 
 def _weights(config: dict[str, Any], options: dict[str, Any], described: Message) -> str | None:

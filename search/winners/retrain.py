@@ -32,7 +32,10 @@ logger = logging.getLogger("search")
 # A worker with more threads costs a start of some ten seconds: only worth it for longer work.
 WORTH_A_START = 60  # seconds of training
 # What a worker tells of a training that is stored as it is.
-_FOUND = ("parameters", "flops", "history", "kept_epochs", "train", "validation", "trained_on")
+_FOUND = (
+    *("parameters", "flops", "history", "kept_epochs", "train", "validation"),
+    *("trained_on", "pretrained"),
+)
 _MEASURED = ("evaluation", "evaluation_sha256", "pictures", "pictures_sha256")
 
 

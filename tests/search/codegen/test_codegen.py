@@ -817,14 +817,18 @@ def drawing(number, mode, size):
 
 @pytest.mark.parametrize(
     ("layout", "mode"),
-    [("train", "L"), ("train", "RGB"), ("train and test", "RGBA"), ("classes", "L")],
+    [
+        *(("train", "L"), ("train", "RGB"), ("train and test", "RGBA"), ("classes", "L")),
+        ("classes, one of them train", "L"),
+    ],
 )
 def test_a_folder_is_read_as_the_product_reads_it(layout, mode, tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     folder = tmp_path / "flowers"
-    parts = {"train": ["train"], "train and test": ["train", "test"], "classes": ["."]}[layout]
+    parts = {"train": ["train"], "train and test": ["train", "test"]}.get(layout, ["."])
+    names = ("rose", "lily", "train" if "one of them" in layout else "test")
     for part in parts:
-        for name in ("rose", "lily", "test"):
+        for name in names:
             (folder / part / name).mkdir(parents=True)
             for number in range(8):
                 file = folder / part / name / f"{number:02}.png"

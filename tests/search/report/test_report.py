@@ -399,7 +399,7 @@ def test_winners_stand_beside_published_figures_of_the_same_data(run):
 def test_other_data_have_no_published_figures(tmp_path):
     study = made_up_run.study_of(30)
     study.set_user_attr("run", study.user_attrs["run"] | {
-        "dataset": study.user_attrs["run"]["dataset"] | {"name": "flowers.npz"}
+        "dataset": study.user_attrs["run"]["dataset"] | {"reference": "/data/fashion_mnist"}
     })  # fmt: skip
     made_up_run.write_metrics(study, tmp_path)
     other = source.read(study, tmp_path)

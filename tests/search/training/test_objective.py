@@ -409,6 +409,22 @@ def test_a_winner_that_diverges_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class LastUpdateOverflows(Small):
+    """Its fit hands on no callbacks, and leaves what a last update may leave."""
+
+    def fit(self, hp, model, x, y, **options):
+        model.get_layer(index=-1).kernel.assign(np.inf * np.ones_like(model.get_weights()[-2]))
+
+
+def test_a_winner_whose_weights_are_not_finite_is_not_saved(tmp_path):
+    params = {"kind": "linear", "rate": 0.5}
+    outcome = tasks(LastUpdateOverflows).retrain(lambda **_: None, winner(tmp_path, params))
+    assert outcome == {
+        "outcome": "diverged", "reason": "weights that are not finite at its end"
+    }  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_is_of_one_data_set(tmp_path):
     """`train` takes another one, also for a config whose training was killed."""
     message = {"task": "retrain", "checkpoint": str(tmp_path / "c.npz")}

@@ -398,4 +398,69 @@ def test_of_a_comparison_only_points_that_begin_from_weights_say_so():
         "weights": {"label": "random weights"},
         "pretrained": [False, True],
     }
-    assert [results.begun_from(run, number) for number in (0, 1)] == ["", "random weights"]
+    assert [results.begun_from(run, number, {}) for number in (0, 1)] == ["", "random weights"]
+
+
+@pytest.mark.parametrize(
+    ("attrs", "label"),
+    [({"pretrained": True}, "ImageNet"), ({"pretrained": False}, ""), ({}, "ImageNet")],
+)
+def test_of_a_search_trials_that_begin_from_no_weights_say_so(attrs, label):
+    run = {"fixed": {"kind": "space"}, "weights": {"label": "ImageNet"}, "pretrained": []}
+    assert results.begun_from(run, 7, attrs) == label
+
+
+def test_a_figure_that_a_fit_of_its_own_did_not_measure_is_left_out(capsys):
+    mlp = winner(published={"train_accuracy": 0.9})
+    del mlp["train"]
+    figures = {"winners": [mlp], "search": {"seconds": 5.0}}
+    listing.print_outcome(outcome(kind="comparison", metrics=figures), "--study mine")
+    assert re.search(r"train accuracy +0.9000 +not measured", capsys.readouterr().out)
+
+
+def test_a_winner_without_a_sound_training_is_named(capsys):
+    lost = {"trial": 41, "params": {"units": 3, "rate": 0.1}, "reason": "loss was nan at report 2"}
+    figures = {"winners": [winner()], "search": {"seconds": 5.0}, "diverged": [lost]}
+    listing.print_outcome(outcome(kind="comparison", metrics=figures), "--study mine")
+    said = "trial 41 has no figures: it diverged with every seed (loss was nan at report 2)"
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_pruned_trial_has_no_validation_accuracy():
+    study = optuna.create_study(study_name="mine", direction="maximize")
+    study.set_user_attr("run", {"fixed": {"kind": "space"}})
+    study.tell(study.ask(), 0.5)
+    pruned = study.ask()
+    pruned.report(0.4, 1)
+    study.tell(pruned, state=TrialState.PRUNED)
+    assert study.trials[1].value == 0.4  # Optuna's
+    rows = json.loads(export.leaderboard(study, study.trials, "json"))
+    assert [row["validation_accuracy"] for row in rows] == [0.5, None]
+
+
+def test_a_column_that_the_first_row_lacks_is_kept():
+    study = optuna.create_study(study_name="mine", direction="maximize")
+    run = {"fixed": {"kind": "comparison"}, "pretrained": [False, True]}
+    study.set_user_attr("run", run | {"weights": {"label": "random weights"}})
+    for value in (0.6, 0.5):
+        study.tell(study.ask(), value)
+    rows = list(csv.DictReader(export.leaderboard(study, study.trials, "csv").splitlines()))
+    assert [row["weights"] for row in rows] == ["", "random weights"]
+
+
+def test_a_search_took_until_a_trial_that_was_cut_off_was_last_seen():
+    study = optuna.create_study()
+    for attempt in ({"start": 0, "end": 10}, {"start": 20, "seen": 50}, {"start": 60}):
+        study.add_trial(
+            optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"attempts": [attempt]})
+        )
+    assert results.search_seconds(study) == 40
+
+
+def test_a_trial_of_a_fixed_model_can_be_chosen():
+    study = optuna.create_study(direction="maximize")
+    study.tell(study.ask(), 0.5)
+    study.ask()
+    assert results.chosen(study, 1, 0)[0].number == 0
+    with pytest.raises(SearchError, match=r"has no trial 1 that has begun; it has 2 trials"):
+        results.chosen(study, 1, 1)

@@ -145,6 +145,18 @@ def test_a_winners_note_holds_its_test_figures_and_confusion_matrix(study):
     assert shown(study)["note"]["body"].startswith("## Trial 0: test accuracy 0.9100 ± 0.0100")
 
 
+def test_one_that_is_no_winner_any_more_has_a_trials_note_again(study):
+    for value in (0.9, 0.95):
+        notes.save_of_trial(study, add(study, value))
+    notes.save_answer(study, FIGURES)
+    assert bodies(study)[0].startswith("## Winner 1")
+    winner = FIGURES["winners"][0] | {"trial": 1}
+    notes.save_answer(study, FIGURES | {"winners": [winner]})
+    before, now = bodies(study)
+    assert before.startswith("**complete**")
+    assert now.startswith("## Winner 1")
+
+
 def test_many_classes_are_the_most_frequent_confusions(study):
     add(study, 0.9)
     size = 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import signal
 import sys
@@ -243,3 +244,22 @@ def test_no_colours_and_no_tricks_where_they_are_not_wanted(terminal, environmen
     assert shown.process.wait(timeout=20) == 0
     assert not re.search(codes, text), repr(text[:500])
     assert "12 of 12 trials finished" in text
+
+
+def test_a_caller_s_own_handlers_are_shown_nothing_and_get_back_their_logger():
+    logger, told = logging.getLogger("search"), []
+    before = logger.level, logger.propagate
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            told.append(record)
+
+    handler = Handler()
+    logging.getLogger().addHandler(handler)
+    try:
+        with View(-1):
+            logger.info("a trial has ended")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert not told
+    assert (logger.level, logger.propagate) == before

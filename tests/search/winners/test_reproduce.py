@@ -1,14 +1,16 @@
 """What is a config that can be trained again; training one is part of test_journey.py."""
 
 import copy
+import json
 
 import pytest
 import yaml
 
 from search.errors import SearchError
 from search.sampling import seed_for
+from search.view.progress import View
 from search.winners.inference import read_metrics
-from search.winners.reproduce import _jobs, read_config
+from search.winners.reproduce import _jobs, read_config, train
 
 CONFIG = {
     "study": "quickstart",
@@ -93,6 +95,19 @@ def test_a_config_without_seeds_is_refused(tmp_path):
     config = CONFIG | {"training": CONFIG["training"] | {"seeds": []}}
     with pytest.raises(SearchError, match=r"training\.seeds is empty"):
         read_config(write(tmp_path, config))
+
+
+def test_the_figures_of_another_config_are_not_overwritten(tmp_path):
+    path, folder = write(tmp_path, CONFIG), tmp_path / "trained"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps({"config": CONFIG | {"trial": 4}}))
+    with pytest.raises(SearchError, match=r"trained holds the figures of another config; take --"):
+        train(path, folder, {}, View(-1))
+    assert [file.name for file in folder.iterdir()] == ["metrics.json"]
+
+
+def test_a_training_is_of_its_seed():
+    assert [job.record["seed"] for job in _jobs(CONFIG, None, {})] == [5, 6]
 
 
 def of_winner(index):

@@ -93,6 +93,7 @@ def worker(folder, pool):
             "epochs": 3.0,
             "kept_epochs": 3.0,
             "trained_on": "",
+            "pretrained": False,
             "train": {},
             "validation": {},
         }
