@@ -261,6 +261,22 @@ def test_another_space_or_epochs_is_refused_with_what_differs(run_folder, tmp_pa
     assert (run_folder / "study.db").read_bytes() == before
 
 
+def test_another_study_s_models_are_not_overwritten(run_folder, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text((ROOT / "studies" / "quickstart.py").read_text().replace("quickstart", "mine"))
+    kept = [run_folder / "metrics.json", *(run_folder / "models").iterdir()]
+    before = [artifacts.sha256(path) for path in kept]
+    for arguments, said in (
+        (["--study", file], "holds a run of study 'quickstart', whose models would be overwritten"),
+        (["predict", "--study", file, file], "are those of study 'quickstart', not of 'mine'"),
+    ):
+        process = start(run_folder, *map(str, arguments))
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert said in " ".join(output.split())
+    assert [artifacts.sha256(path) for path in kept] == before
+
+
 def test_the_ensemble_is_the_mean_of_all_models(run_folder):
     metrics = json.loads((run_folder / "metrics.json").read_text())
     (winner,) = metrics["winners"]
@@ -383,7 +399,8 @@ def test_what_a_search_was_told_outlasts_the_retraining_of_its_winner(tmp_path):
     folder = tmp_path / "run"
     told = ["--trials", "2", "--workers", "1", "--precision", "float32"]
     told += ["--sampler", "random", "--pruner", "none"]
-    finish(folder, "--study", "quickstart", "--epochs", "1", *told, "--no-retrain")
+    final = ["--final-epochs", "3"]
+    finish(folder, "--study", "quickstart", "--epochs", "1", *told, *final, "--no-retrain")
     run = study_of(folder).user_attrs["run"]
     before, (made_with,) = run["told"], run["made_with"]
     assert made_with["versions"]["keras"]
@@ -393,13 +410,21 @@ def test_what_a_search_was_told_outlasts_the_retraining_of_its_winner(tmp_path):
         "sampler": "random",
         "pruner": "none",
         "precision": "float32",
-        "final_epochs": None,
+        "final_epochs": 3.0,
     }
     finish(folder, "retrain", "--study", "quickstart", "--seeds", "1")
     assert study_of(folder).user_attrs["run"]["told"] == before
-    training = json.loads((folder / "metrics.json").read_text())["training"]
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert figures["winners"][0]["schedule_epochs"] == 3
+    training = figures["training"]
     assert training.items() >= {k: before[k] for k in ("sampler", "pruner", "precision")}.items()
-    command = ["fmnist-search --study quickstart --epochs 1 --seed 0", *told, "--top 1 --seeds 1"]
+    command = [
+        "fmnist-search --study quickstart --epochs 1 --seed 0",
+        *told,
+        "--top 1",
+        *final,
+        "--seeds 1",
+    ]
     assert " ".join(command) in (folder / "report.html").read_text()
 
 
