@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from search import artifacts, catalogue, journey, results
 from search.data import datasets, weights
-from search.errors import EXIT_USAGE, SearchError
+from search.errors import EXIT_USAGE, Interrupted, SearchError
 from search.storage import storage
 from search.view.progress import View
-from search.workers.pool import Interrupted
 from studies.study import Study
 
 if TYPE_CHECKING:

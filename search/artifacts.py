@@ -139,19 +139,14 @@ def sha256(path: str | Path) -> str:
         ) from error
 
 
-def verified_models(
-    metrics: Mapping[str, Any], folder: Path, *, top: int | None = None
-) -> list[Path]:
+def verified_models(metrics: Mapping[str, Any], folder: Path) -> list[Path]:
     """The models that a metrics.json names, the best winner's first.
-
-    Args:
-        top: how many of the winners; None for all.
 
     Raises:
         SearchError: if one is missing or not what was written.
     """
     paths = []
-    for winner in metrics["winners"][:top]:
+    for winner in metrics["winners"]:
         for seed in winner["seeds"]:
             path = folder / seed["model"]
             if sha256(path) != seed["model_sha256"]:

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and the exit codes of the command line.
+"""The exceptions that the command line ends with, and its exit codes.
 
 raise SearchError("epochs is a number above 0. Received: epochs=-1. Fix: --epochs 5")
 """
@@ -26,3 +26,15 @@ class SearchError(Exception):
         super().__init__(" ".join(message.splitlines()))
         self.exit_code = exit_code
         self.detail = detail
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end. Workers are ended, their trials can be continued.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"interrupted by signal {number}")
+        self.number = number

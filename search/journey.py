@@ -26,6 +26,7 @@ from search.errors import (
     EXIT_NOTHING_USABLE,
     EXIT_STORAGE_LOST,
     EXIT_USAGE,
+    Interrupted,
     SearchError,
 )
 from search.report import drawing
@@ -39,7 +40,7 @@ from search.winners.retrain import Job, Retraining, jobs_of
 from search.workers import devices
 from search.workers.engine import Engine
 from search.workers.local import LocalEngine
-from search.workers.pool import Interrupted, Pool
+from search.workers.pool import Pool
 
 logger = logging.getLogger("search")
 

@@ -3,8 +3,8 @@
 import socket
 from types import SimpleNamespace
 
+from search.errors import Interrupted
 from search.workers.devices import Device
-from search.workers.pool import Interrupted
 from search.workers.slots import OUT_OF_MEMORY, Event, Slot, Task
 
 ONE_CORE = Device(threads=1)

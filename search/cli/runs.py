@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from search.errors import SearchError
+from search.errors import Interrupted, SearchError
 
 if TYPE_CHECKING:
     import optuna
@@ -37,7 +37,6 @@ def journey(study: str, out: Path | None, values: dict[str, Any]) -> None:
 def watched(values: dict[str, Any]) -> Iterator[View]:
     """The terminal's picture of long work; a signal ends the command with its exit code."""
     from search.view.progress import View
-    from search.workers.pool import Interrupted
 
     try:
         with View(values.pop("verbose") - values.pop("quiet")) as view:

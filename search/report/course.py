@@ -151,7 +151,7 @@ def curves(run: Run) -> list[Curve]:
     ranked = sorted(reported, key=lambda t: (t.value is None, -(_last_value(t)), t.number))
     if len(ranked) > MOST_CURVES:
         num_best = MOST_CURVES * 2 // 3
-        others = random.Random(run.seed).sample(ranked[num_best:], MOST_CURVES - num_best)
+        others = random.Random(0).sample(ranked[num_best:], MOST_CURVES - num_best)
         ranked = ranked[:num_best] + others
     per_report = run.epochs_per_report or 1.0
     made = []

@@ -8,9 +8,8 @@ from pathlib import Path
 import optuna
 
 from search import signals
-from search.errors import SearchError
+from search.errors import Interrupted, SearchError
 from search.report import source
-from search.workers.pool import Interrupted
 
 logger = logging.getLogger("search")
 

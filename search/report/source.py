@@ -12,7 +12,7 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ class Run:
     metrics: Mapping[str, Any] | None = None  # None where nothing was retrained, or not yet
     seconds: float = 0.0  # in which at least one trial ran
     saved_share: float = 0.0
-    seed: int = field(default=0, kw_only=True)  # of what is drawn at random where much is thinned
 
     @property
     def kind(self) -> str:

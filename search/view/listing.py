@@ -7,7 +7,7 @@ import math
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from rich.console import Console
@@ -16,15 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from search import results
-from search.catalogue import Entry
-from search.doctor import Finding
 from search.errors import EXIT_DAMAGED, EXIT_STORAGE_LOST, SearchError
-from search.journey import Outcome
 from search.storage import storage
 from search.view import textplot
 from search.view.progress import duration
-from search.winners.inference import Classified
-from search.winners.repeat import Repeated
+
+if TYPE_CHECKING:
+    from search.catalogue import Entry
+    from search.doctor import Finding
+    from search.journey import Outcome
+    from search.winners.inference import Classified
+    from search.winners.repeat import Repeated
 
 # Into a file or a pipe, a table is as wide as it needs to be.
 _console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 1000)

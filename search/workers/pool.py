@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from search.errors import SearchError
+from search.errors import Interrupted, SearchError
 from search.workers.devices import Device, share_out
 from search.workers.engine import Engine
 from search.workers.local import LocalEngine
@@ -36,18 +36,6 @@ _MAX_KILLED_STARTS = 12  # killed by signals: somebody else may send them, or me
 # Where other slots go on, one whose workers fail so often is tried again later and later: what is
 # wrong with a node, a disk or a file may pass.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
-
-
-class Interrupted(Exception):
-    """A signal asked the run to end. Workers are ended, their trials can be continued.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(f"interrupted by signal {number}")
-        self.number = number
 
 
 def run_task(file: Path, settings: Message, task: Message) -> Message:

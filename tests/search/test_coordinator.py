@@ -7,13 +7,12 @@ from optuna.trial import TrialState
 
 from search import coordinator, sampling
 from search.coordinator import Coordinator
-from search.errors import SearchError
+from search.errors import Interrupted, SearchError
 from search.settings import Settings
 from search.storage import storage
 from search.view.progress import View
 from search.view.trial_logs import open_logs
 from search.workers.devices import Device
-from search.workers.pool import Interrupted
 from tests.scripted import CRASH, LOST, ONE_CORE, ScriptedPool
 
 UNIT = {"low": 0.0, "high": 1.0, "step": None, "log": False}

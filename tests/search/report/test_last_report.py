@@ -10,9 +10,14 @@ import time
 import pytest
 
 from search import catalogue, journey
-from search.errors import EXIT_DAMAGED, EXIT_NOTHING_USABLE, EXIT_STORAGE_LOST, SearchError
+from search.errors import (
+    EXIT_DAMAGED,
+    EXIT_NOTHING_USABLE,
+    EXIT_STORAGE_LOST,
+    Interrupted,
+    SearchError,
+)
 from search.report import drawing, report, source
-from search.workers.pool import Interrupted
 from tests import made_up_run
 from tests.command import Command
 

@@ -17,9 +17,8 @@ import optuna
 import pytest
 
 from search import artifacts
-from search.errors import EXIT_STORAGE_LOST, SearchError
+from search.errors import EXIT_STORAGE_LOST, Interrupted, SearchError
 from search.storage import patience, storage
-from search.workers.pool import Interrupted
 from tests import failing, invariants
 from tests.command import ROOT, Command
 

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 
 from search import artifacts
-from search.errors import SearchError
+from search.errors import Interrupted, SearchError
 from search.settings import Settings
 from search.storage import storage
 from search.view.progress import View
 from search.winners.retrain import Retraining, jobs_of
 from search.workers import devices
-from search.workers.pool import Interrupted
 from tests.scripted import LOST, LOST_FOR_MEMORY, ScriptedPool
 
 SPEED = {"fast": 1e6, "slow": 1.0}  # images/s of the trial: its retraining takes no time, or hours

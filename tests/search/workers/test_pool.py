@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from search.errors import SearchError
+from search.errors import Interrupted, SearchError
 from search.workers import pool as pools
 from search.workers import slots
 from search.workers.devices import Device
 from search.workers.local import LocalEngine
-from search.workers.pool import Interrupted, Pool
+from search.workers.pool import Pool
 from search.workers.protocol import Channel
 
 OPENING = {"type": "open", "file": "mine.py"}
