@@ -96,11 +96,11 @@ def test_the_lowest_go_on_when_minimising(others, own, is_pruned):
 
 @pytest.mark.parametrize(
     ("first_rung", "factor", "rungs"),
-    [(1, 3, {1, 3, 9, 27}), (2, 3, {2, 6, 18}), (2, 4, {2, 8}), (1, 2, {1, 2, 4, 8, 16})],
+    [(1, 3, {1, 2, 4, 8, 16}), (2, 3, {2, 4, 8, 16}), (3, 4, {3, 6, 12}), (5, 2, {5, 10})],
 )
 def test_only_a_rung_prunes(first_rung, factor, rungs):
     pruner = SuccessiveHalvingOfReports(first_rung, factor)
-    steps = range(1, 29) if max(rungs) == 27 else range(1, 20)
+    steps = range(1, 20)
     rest = dict.fromkeys(steps, 0.9)
     pruned_at = {
         last
@@ -120,9 +120,9 @@ def test_a_trial_without_a_report_goes_on():
     ("others", "own", "is_pruned"),
     [
         # Own best so far, not the last.
-        ([{1: 0.8, 3: 0.8}, {1: 0.7, 3: 0.7}], {1: 0.9, 2: 0.5, 3: 0.1}, False),
+        ([{1: 0.8, 4: 0.8}, {1: 0.7, 4: 0.7}], {1: 0.9, 2: 0.5, 4: 0.1}, False),
         # The others' best until the rung, wherever it was before.
-        ([{1: 0.8, 2: 0.95, 3: 0.1}, {1: 0.7, 3: 0.7}], {1: 0.5, 2: 0.5, 3: 0.9}, True),
+        ([{1: 0.8, 2: 0.95, 4: 0.1}, {1: 0.7, 4: 0.7}], {1: 0.5, 2: 0.5, 4: 0.9}, True),
         # What came after the rung does not count.
         ([{1: 0.5, 2: 0.99}, {1: 0.4, 2: 0.99}], {1: 0.6}, False),
     ],
@@ -132,8 +132,8 @@ def test_the_best_so_far_counts(others, own, is_pruned):
 
 
 def test_the_best_so_far_is_the_lowest_when_minimising():
-    study = study_with({1: 0.2, 3: 0.2}, {1: 0.3, 3: 0.3}, direction="minimize")
-    assert asked(study, {1: 0.1, 3: 0.9}, SuccessiveHalvingOfReports(1, 3)) is False
+    study = study_with({1: 0.2, 4: 0.2}, {1: 0.3, 4: 0.3}, direction="minimize")
+    assert asked(study, {1: 0.1, 4: 0.9}, SuccessiveHalvingOfReports(1, 3)) is False
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_whose_reports_count(state, counts):
 
 
 def test_those_that_never_came_to_the_rung_do_not_count():
-    study = study_with({1: 0.9}, {1: 0.9, 2: 0.9}, {1: 0.05, 3: 0.05})
-    assert asked(study, {1: 0.1, 3: 0.1}, SuccessiveHalvingOfReports(1, 3)) is False
+    study = study_with({1: 0.9}, {1: 0.9, 2: 0.9}, {1: 0.05, 4: 0.05})
+    assert asked(study, {1: 0.1, 4: 0.1}, SuccessiveHalvingOfReports(1, 3)) is False
 
 
 @pytest.mark.parametrize(("own", "is_pruned"), [(0.1, True), (0.95, False)])
@@ -191,7 +191,7 @@ def test_bad_arguments_are_refused_with_their_values(first_rung, factor):
 
 
 @pytest.mark.parametrize(
-    ("name", "pruned_at"), [("none", []), ("median", [2, 3, 4, 5, 6]), ("asha", [2, 6])]
+    ("name", "pruned_at"), [("none", []), ("median", [2, 3, 4, 5, 6]), ("asha", [2, 4])]
 )
 def test_the_table_of_pruners(name, pruned_at):
     pruner = pruning.pruner(name, first_rung=2, reduction_factor=3)
