@@ -403,6 +403,17 @@ class Lenient(SuccessiveHalvingOfReports):
         return standing if standing and standing.of >= self._reduction_factor else None
 
 
+class Published(SuccessiveHalvingOfReports):
+    """The product's, with rungs as Li et al. have them: `reduction_factor` times as many reports
+    from one to the next."""
+
+    def is_rung(self, step: int) -> bool:
+        rung = self._first_rung
+        while rung < step:
+            rung *= self._reduction_factor
+        return rung == step
+
+
 class HalvingOfSeconds(optuna.pruners.BasePruner):
     """Successive halving whose rungs are seconds of training: a dear model is held against what
     cheap ones have reached in the same time.
@@ -533,9 +544,12 @@ def policies(table: Table) -> dict[str, Policy]:
         "default": default,
         "default, random": Policy("random", default.pruner),
         "default, qmc": Policy("qmc", default.pruner),
-        "default, lenient": Policy(
-            own["sampler"], functools.partial(_lenient, first=first, factor=factor)
-        ),
+        **{
+            f"default, {made.__name__.lower()}": Policy(
+                own["sampler"], functools.partial(_like, made, first=first, factor=factor)
+            )
+            for made in (Lenient, Published)
+        },
         "default, known points": Policy(default.sampler, default.pruner, known=True),
         "default, 2 reports in 1": Policy(default.sampler, default.pruner, every=2),
         **{
@@ -573,8 +587,8 @@ def _halving(num_reports: int, first: int, factor: int) -> optuna.pruners.BasePr
     return SuccessiveHalvingOfReports(first, factor)
 
 
-def _lenient(num_reports: int, first: int, factor: int) -> optuna.pruners.BasePruner:
-    return Lenient(first, factor)
+def _like(made: type, num_reports: int, first: int, factor: int) -> optuna.pruners.BasePruner:
+    return made(first, factor)
 
 
 def _own(name: str, first: int, factor: int, num_reports: int) -> optuna.pruners.BasePruner:

@@ -233,6 +233,23 @@ def test_default_is_the_studys_own(table):
     assert made._reduction_factor == own["reduction_factor"]
 
 
+def test_a_halving_that_differs_in_one_thing(table):
+    made = {name: policy.pruner(99) for name, policy in replay.policies(table).items()
+            if name in ("default", "default, lenient", "default, published")}  # fmt: skip
+    rungs = {name: [step for step in range(30) if of.is_rung(step)] for name, of in made.items()}
+    assert rungs["default"] == rungs["default, lenient"] == [1, 2, 4, 8, 16]
+    assert rungs["default, published"] == [1, 3, 9, 27]
+    study = optuna.create_study(direction="maximize")
+    for value in (0.9, 0.5):
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.RUNNING, intermediate_values={1: value}
+            )
+        )
+    stops = {name: of.prune(study, study.trials[1]) for name, of in made.items()}
+    assert stops == {"default": True, "default, lenient": False, "default, published": True}
+
+
 def test_medians_over_searches_that_may_never_end(capsys):
     never = Outcome(math.inf, 9, 0.5)
     found = replay.summary([Outcome(10.0, 3, 0.9), Outcome(30.0, 5, 0.9), never])
