@@ -46,5 +46,7 @@ study = Study(
     trials=12,
     epochs=8,
     images_per_report=1_024,
+    first_rung=3,  # a dozen trials are to leave something to compare
+    reduction_factor=2,
     known_points=({},),
 )
