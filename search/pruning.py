@@ -20,9 +20,9 @@ class Standing(NamedTuple):
     going_on: int  # the best so many
 
 
-# Reports at a rung over those at the one before. Twice as many rungs as with `reduction_factor`
-# between them, as published: in replays of recorded curves a good model came in 0.9 of the time,
-# since what falls behind late is what costs most.
+# Reports at a rung over those at the one before. Published is `reduction_factor`: with 3, a good
+# model took 1.1 times as long in replays of recorded curves, since late rungs lie so far apart, and
+# what falls behind late costs most.
 _SPACING = 2
 
 

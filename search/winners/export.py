@@ -303,9 +303,8 @@ def _ensemble(jobs: list[Job], class_names: Sequence[str], folder: Path) -> dict
 
 
 def _to_csv(rows: list[dict[str, Any]]) -> str:
-    own = {name for row in rows for name in row} - {
-        "params"
-    }  # columns, which a hyperparameter's name may not take
+    # Columns, which a hyperparameter's name may not take.
+    own = {name for row in rows for name in row} - {"params"}
     flat = [
         {name: row[name] for name in row if name in own}
         | {f"params_{k}" if k in own else k: v for k, v in row["params"].items()}
