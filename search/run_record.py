@@ -126,9 +126,9 @@ def refuse_another(
 def refuse_differences(stored: dict[str, Any], now: dict[str, Any], study: str, out: str) -> None:
     """Raises SearchError if a continued study would answer another question; says what differs."""
     differing = [
-        f"{name} was {stored[name]!r} and is now {now[name]!r}"
+        f"{name} was {stored.get(name)!r} and is now {now[name]!r}"
         for name in now
-        if name in stored and stored[name] != now[name]
+        if stored.get(name) != now[name]
     ]
     if differing:
         raise SearchError(

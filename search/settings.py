@@ -12,7 +12,10 @@ from search.errors import EXIT_USAGE, SearchError
 from search.workers.protocol import Message
 
 # Another value of one of these is another question: a study keeps the one it began with.
-FIXED = ("dataset", "epochs", "images_per_report", "batch_size", "seed", "kind", "weights")
+FIXED = (
+    *("dataset", "epochs", "images_per_report", "batch_size", "average_weights"),
+    *("seed", "kind", "weights"),
+)
 # Options without a meaning where named points are trained as they are.
 NOT_OF_A_COMPARISON = ("trials", "time_budget", "sampler", "pruner", "top", "final_epochs")
 
@@ -34,6 +37,7 @@ class Settings:
     pruner: str
     first_rung: int
     reduction_factor: int
+    average_weights: bool = True
     weights: str | None = None  # pretrained: a name, or the absolute path of a file
     max_parameters: int | None = None
     max_flops: int | None = None

@@ -44,6 +44,9 @@ class Study:
     final_epochs: float | None = None  # of a winner's retraining; None: as many as served it best
     images_per_report: int = 12_800  # a multiple of every batch size up to 512
     batch_size: int = 128  # where the space has no hyperparameter of that name
+    # Validation, and the trained model, are of the moving average of the weights over the last
+    # hundred steps or so, instead of those of the last one. Not where the space trains itself.
+    average_weights: bool = True
     sampler: str = "tpe"
     pruner: str = "asha"
     first_rung: int = 1  # reports before a trial can be pruned

@@ -44,9 +44,9 @@ def parameters(model: keras.Model) -> int:
 
 
 def training_bytes(model: keras.Model, batch_size: int) -> int:
-    """About what one training step holds: weights, their gradients and two moments, and each
-    tensor of the graph that has a gradient, with it, as float32. A lower bound for a model without
-    a graph, and for one with frozen layers: their tensors are not kept."""
+    """About what one training step holds: weights, their gradients, two moments and perhaps their
+    average, and each tensor of the graph that has a gradient, with it, as float32. A lower bound
+    for a model without a graph, and for one with frozen layers: their tensors are not kept."""
     trained = sum(math.prod(variable.shape) for variable in model.trainable_variables)
     numbers, differentiated = 0, set()
     for call in calls(model) if _has_graph(model) else ():
@@ -55,7 +55,9 @@ def training_bytes(model: keras.Model, batch_size: int) -> int:
             outputs = keras.tree.flatten(call.outputs)
             differentiated |= {id(tensor) for tensor in outputs}
             numbers += sum(math.prod(size or 1 for size in t.shape[1:]) for t in outputs)
-    return 4 * (parameters(model) + 3 * trained + 2 * batch_size * numbers)
+    is_averaged = getattr(getattr(model, "optimizer", None), "use_ema", False)
+    kept = 4 if is_averaged else 3
+    return 4 * (parameters(model) + kept * trained + 2 * batch_size * numbers)
 
 
 def flops(model: keras.Model) -> int:

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from search import artifacts
-from search.training import backend, complexity, training
+from search.training import averaging, backend, complexity, training
 from search.training.hypermodel import Images, trains_itself
 from search.training.hyperparameters import ReplayedHyperParameters
 from search.training.objective import Objective
@@ -44,7 +44,7 @@ class KerasTasks(Objective):
         hp = ReplayedHyperParameters(message["params"])
         epochs = self._epochs(hp, message)
         space = self._space(round(epochs * len(chosen)))
-        model = space.build(hp)
+        model = self._built(space, hp)
         callbacks = space.callbacks(hp)
         figures, trained_on = {}, ""
         if trains_itself(self._study.space):
@@ -159,12 +159,13 @@ class KerasTasks(Objective):
         hp = ReplayedHyperParameters(message["params"])
         self._begin(message["seed"])
         space = self._space(round(message["epochs"] * num_images), images)
-        model = space.build(hp)
+        model = self._built(space, hp)
         own_fit = trains_itself(self._study.space)
         if not own_fit:
             hp.check_all_read()
         epochs = message["epochs"] * message["share"]
         plan = self._final_plan(hp, num_images, message["images_per_report"], epochs, message)
+        averaging.shorten(model, plan.num_reports * plan.steps_per_report)
         callbacks = [
             callback
             for callback in space.callbacks(hp)

@@ -15,7 +15,7 @@ import numpy as np
 
 from search import folders
 from search.data import datasets
-from search.training import backend, complexity, limits, training
+from search.training import averaging, backend, complexity, limits, training
 from search.training.checkpoints import Checkpoints
 from search.training.hypermodel import (
     Images,
@@ -91,7 +91,7 @@ class Objective:
         space = self._space(self._search_images)
         hp = TrialHyperParameters(trial)
         try:
-            model = space.build(hp)
+            model = self._built(space, hp)
         except ValueError as error:  # the default point is a model, as `describe` has seen
             if _is_from_here(error):  # what a suggestion was refused for is a mistake in the code
                 raise
@@ -134,6 +134,13 @@ class Objective:
         if not math.isfinite(value):
             return {"outcome": "diverged", "reason": f"the value was {value}"}
         return {"outcome": "complete", "value": value}
+
+    def _built(self, space: Space, hp: keras_tuner.HyperParameters) -> keras.Model:
+        """The point's model, ready to be trained as the study says."""
+        model = space.build(hp)
+        if self._settings["average_weights"] and not trains_itself(self._study.space):
+            averaging.average_weights(model)
+        return model
 
     def _fit(
         self,

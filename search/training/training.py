@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from search.training import backend
+from search.training import averaging, backend
 from search.training.checkpoints import Checkpoints
 from search.workers.protocol import RemoteTrial
 
@@ -68,6 +68,9 @@ def train(
 ) -> dict[str, list[float]]:
     """Train a compiled model.
 
+    Where its optimizer keeps an average of the weights, reports measure the average, callbacks see
+    it, and the trained model has it.
+
     Args:
         train_data: what the model reads (images as (n, height, width, channels) uint8, or
             activations of a frozen part), and (n,) class numbers.
@@ -84,12 +87,15 @@ def train(
         count_in_reports(
             callback, plan.reports_per_epoch, has_validation=validation_data is not None
         )
+    callbacks = list(callbacks)
+    if averaging.is_averaged(model):
+        callbacks.insert(0, averaging.Averaged())
     _build(model, train_data[1][:1])
     at_once = backend.steps_at_once(model, callbacks, plan.steps_per_report)
     if at_once != model.steps_per_execution:
         model.steps_per_execution = at_once
         model.train_function = model.test_function = None  # the space may have had them made
-    callbacks, done = list(callbacks), 0
+    done = 0
     if checkpoints:
         checkpoints.watch(model, callbacks)
         callbacks.append(checkpoints)

@@ -5,8 +5,8 @@ metrics.json, schema 1:
     schema, study, study_file (None for an installed study),
     dataset {name, reference (a name or a path), sha256, input_shape, class_names},
     weights {reference, sha256, label} of pretrained ones, or None,
-    training {precision, images_per_report, batch_size (where the space has none), sampler, pruner,
-        study_seed},
+    training {precision, images_per_report, batch_size (where the space has none), average_weights,
+        sampler, pruner, study_seed},
     search {trials, complete, pruned, fail, seconds, saved_share},
     provenance {versions, backend, commit (None for an installed copy), hardware},
     winners: [{trial, params, validation_accuracy, epochs (trained), schedule_epochs (its learning
@@ -88,6 +88,7 @@ def subject(settings: Settings, run: dict[str, Any]) -> dict[str, Any]:
             "precision": run["precision"],
             "images_per_report": run["images_per_report"],
             "batch_size": settings.batch_size,
+            "average_weights": settings.average_weights,
             "sampler": told["sampler"],
             "pruner": told["pruner"],
             "study_seed": settings.seed,

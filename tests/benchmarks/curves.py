@@ -4,11 +4,12 @@
     python -m tests.benchmarks.curves pack --folder curves
 
 Point k is drawn at random with seed k, and trained for 6 epochs of the first 20 000 images of the
-training part, by one thread, as many points at a time as there are cores. After each 5 000 images:
-accuracy on the 2 500 images that a search looks at; after each epoch on all 10 000. The study's
-known points follow. Killed, the same command goes on with the points that are neither in the folder
-nor in the table; one takes minutes. Seconds are the processor's, which work beside it hardly
-changes: `nice` does no harm. Packing adds the folder's points to the table.
+training part, by one thread, as many points at a time as there are cores. After each 5 000 images,
+of the average of the weights: accuracy on the 2 500 images that a search looks at; after each epoch
+on all 10 000. The study's known points follow. Killed, the same command goes on with the points
+that are neither in the folder nor in the table; one takes minutes. Seconds are the processor's,
+which work beside it hardly changes: `nice` does no harm. Packing adds the folder's points to the
+table.
 
 The table: name (a file's, without its suffix), space (JSON, as `hyperparameters.describe` gives
 it), params (points, each as JSON), known (one of the study's own points), parameters, flops, start
@@ -34,7 +35,7 @@ import numpy as np
 import optuna
 
 from search.data import datasets
-from search.training import backend, complexity, training
+from search.training import averaging, backend, complexity, training
 from search.training.hypermodel import Images, Space
 from search.training.hyperparameters import ReplayedHyperParameters, TrialHyperParameters, describe
 from search.workers.devices import Device
@@ -109,6 +110,7 @@ def curve(name: str, part: datasets.Split) -> dict[str, object]:
     hp = known(number) if name.startswith(_KNOWN) else drawn(number)
     space = empty_space()
     model = space.build(hp)
+    averaging.average_weights(model)
     plan = training.Plan(
         NUM_IMAGES,
         IMAGES_PER_REPORT,

@@ -8,7 +8,6 @@ import pytest
 from search import provenance, run_record
 from search.errors import EXIT_USAGE, SearchError
 from search.run_record import refuse_another_space, refuse_differences, refuse_other_points
-from search.settings import FIXED
 from tests import made_up_run
 from tests.search.test_settings import settings
 
@@ -26,6 +25,7 @@ def fixed(**options):
     [
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"epochs": 6.0}, "epochs was 5 and is now 6.0"),
+        ({"average_weights": False}, "average_weights was True and is now False"),
         ({"dataset": "digits"}, "dataset was 'fashion_mnist' and is now 'digits'"),
         (
             {"seed": 1, "dataset": "digits"},
@@ -54,9 +54,13 @@ def test_what_may_change_between_two_starts(options):
     refuse_differences(fixed(), fixed(**options), "mine", "runs/mine")
 
 
-def test_a_study_of_an_earlier_version_may_lack_a_field():
-    stored = {name: value for name, value in fixed().items() if name != FIXED[-1]}
+def test_a_study_of_an_earlier_version_may_lack_a_field_that_says_nothing():
+    stored = {name: value for name, value in fixed().items() if value is not None}
+    assert stored != fixed()
     refuse_differences(stored, fixed(), "mine", "runs/mine")
+    del stored["average_weights"]
+    with pytest.raises(SearchError, match="average_weights was None and is now True"):
+        refuse_differences(stored, fixed(), "mine", "runs/mine")
 
 
 @pytest.mark.fault("S8")

@@ -48,6 +48,7 @@ def test_what_a_study_keeps_is_all_plain():
         "epochs": 5,
         "images_per_report": 12_800,
         "batch_size": 128,
+        "average_weights": True,
         "seed": 3,
         "kind": "space",
         "weights": None,

@@ -17,7 +17,7 @@ from search.codegen.layout import quoted, wrapped
 from search.codegen.model import functions
 from search.codegen.script import DataSource, Training, script
 from search.data import datasets, formats, image_folder
-from search.training import training
+from search.training import averaging, training
 from spaces.cnn import CNN
 
 SHAPE = (8, 8, 1)
@@ -148,7 +148,7 @@ def figures(printed):
     return {name: float(value) for name, value in lines}
 
 
-def trained(values):
+def trained(values, *, average=False):
     """A point's script, and the product's own model after the same training."""
     space, model = space_and_model(values)
     x, y = datasets.load_train("digits")
@@ -156,8 +156,13 @@ def trained(values):
     callbacks = space.callbacks(point(values))
     for callback in callbacks:
         training.count_in_reports(callback, plan.reports_per_epoch, has_validation=False)
+    if average:
+        averaging.average_weights(model)
+        averaging.shorten(model, plan.num_reports * plan.steps_per_report)
     text = text_of(model, callbacks=callbacks)
     space, model = space_and_model(values)
+    if average:
+        averaging.average_weights(model)
     callbacks = space.callbacks(point(values))
     training.train(model, (x, y), plan, validation_data=None, callbacks=callbacks)
     return text, model
@@ -180,6 +185,16 @@ def test_a_script_trains_the_model_that_the_product_trains(tmp_path):
     values = SMALL | {"shift": 0, "adamw_learning_rate": 0.01}
     text, model = trained(values)
     printed = run(text, tmp_path)
+    assert_trained_alike(printed, model, tmp_path)
+    assert printed["test accuracy"] > 0.5
+
+
+@pytest.mark.slow
+def test_an_average_of_the_weights_is_kept_by_plain_keras(tmp_path, monkeypatch):
+    values = SMALL | {"shift": 0, "schedule": "constant", "adamw_learning_rate": 0.01}
+    text, model = trained(values, average=True)
+    assert "use_ema=True, ema_momentum=64 / 73" in " ".join(text.split())
+    printed = run_here(text, tmp_path, monkeypatch)
     assert_trained_alike(printed, model, tmp_path)
     assert printed["test accuracy"] > 0.5
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from search.storage import storage
-from search.training import checkpoints, training
+from search.training import averaging, checkpoints, training
 from search.training.checkpoints import Checkpoints
 from search.training.training import Plan, Progress
 from tests import invariants
@@ -80,6 +80,12 @@ def decayed():
     return model
 
 
+def averaged():
+    model = network()
+    averaging.average_weights(model)
+    return model
+
+
 def callbacks():
     return [
         keras.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=0.3),
@@ -112,7 +118,8 @@ def _after_each_report(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("make", "kills"), [pytest.param(network, (1, 2, 7), marks=pytest.mark.slow), (decayed, (3,))]
+    ("make", "kills"),
+    [pytest.param(averaged, (1, 2, 7), marks=pytest.mark.slow), (averaged, (3,)), (decayed, (3,))],
 )
 def test_the_curve_is_that_of_a_training_left_alone(tmp_path, make, kills):
     expected, model, _ = train(make)

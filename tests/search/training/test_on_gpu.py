@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from search.training import backend, training
+from search.training import averaging, backend, training
 from tests.search.training.test_training import Diary, data, plan
 
 
@@ -36,8 +36,10 @@ def network():
     return model
 
 
-def train(callbacks=(), num_validated=20):
+def train(callbacks=(), num_validated=20, *, average=False):
     model, whole = network(), plan(batch_size=5)
+    if average:
+        averaging.average_weights(model)
     rows = backend.Rows(data()[0], np.arange(59, -1, -1))
     history = training.train(
         model,
@@ -58,12 +60,13 @@ class Batches(keras.callbacks.Callback):
         self.seen.append(batch)
 
 
-def test_several_steps_at_once_come_to_the_same(monkeypatch):
+@pytest.mark.parametrize("average", [False, True])
+def test_several_steps_at_once_come_to_the_same(average, monkeypatch):
     monkeypatch.setattr(backend, "VALIDATION_BATCH", 6)  # seven batches, and four steps at once
-    one_by_one, expected = train(num_validated=40)
+    one_by_one, expected = train(num_validated=40, average=average)
     monkeypatch.setattr(backend, "visible_gpus", lambda: 1)
     diary = Diary()
-    model, history = train([diary], num_validated=40)
+    model, history = train([diary], num_validated=40, average=average)
     assert model.steps_per_execution == 4  # of a report
     assert int(model.optimizer.iterations) == 12
     assert (len(diary.epochs), diary.ends) == (3, 1)

@@ -25,6 +25,7 @@ CONFIG = {
         "precision": "float32",
         "images_per_report": 100,
         "batch_size": 32,
+        "average_weights": True,
         "study_seed": 0,
     },
     "dataset": {"name": "digits", "reference": "digits", "sha256": "0" * 64},
