@@ -183,6 +183,7 @@ class Coordinator:
         self._running[slot.index] = trial
         seed = sampling.seed_for(settings.seed, trial.number, "training")
         task = {"task": "trial", "seed": seed, "checkpoint": self._checkpoint(trial.number)}
+        task["drafts"] = trial.num_drafts
         timeout = settings.trial_timeout
         pool.give(slot, trial.number, trial.attempt, task, timeout, alone=trial.is_alone)
         slot.status |= {"what": f"trial {trial.number}", "step": 0}
@@ -217,6 +218,8 @@ class Coordinator:
         match message["type"]:
             case "suggest":
                 self._answer(pool, slot, **trial.suggest(message))
+            case "take":
+                self._answer(pool, slot, **trial.take(message))
             case "attribute":
                 self._answer(pool, slot, **trial.set_attribute(message))
                 self._warn_of_images(trial.number, message)

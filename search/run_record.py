@@ -32,7 +32,8 @@ def of(study: optuna.Study | None, folder: Path) -> dict[str, Any] | None:
             f"{folder} holds a run that an earlier version began; take another --out",
             exit_code=EXIT_USAGE,
         )
-    return run
+    # An earlier version trained with the weights of each last step, and did not say so.
+    return run and {**run, "fixed": {"average_weights": False} | run["fixed"]}
 
 
 def record(
@@ -126,9 +127,9 @@ def refuse_another(
 def refuse_differences(stored: dict[str, Any], now: dict[str, Any], study: str, out: str) -> None:
     """Raises SearchError if a continued study would answer another question; says what differs."""
     differing = [
-        f"{name} was {stored.get(name)!r} and is now {now[name]!r}"
+        f"{name} was {stored[name]!r} and is now {now[name]!r}"
         for name in now
-        if stored.get(name) != now[name]
+        if name in stored and stored[name] != now[name]
     ]
     if differing:
         raise SearchError(

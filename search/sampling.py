@@ -21,8 +21,11 @@ from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.search_space.group_decomposed import _GroupDecomposedSearchSpace, _SearchSpaceGroup
 from optuna.trial import FrozenTrial, TrialState
 
-# Trials that TPE draws at random before it models anything.
+# Trials that TPE draws at random before it models anything, and how many points are drawn for each,
+# of which the one that costs least is tried: what is learnt from cheap ones comes sooner.
 STARTUP_TRIALS = 12
+STARTUP_DRAFTS = 3
+_FIXED = "fixed_params"  # Optuna's name of a trial's attribute: values that are not drawn
 # So many of the trials that are not among the best TPE looks at: the latest, and, for this share,
 # some that are spread evenly over the older ones, which have shown long ago what is bad.
 MOST_OTHERS = 500
@@ -208,6 +211,8 @@ class TrialSampling:
 
     What a lost coordinator had suggested is read from the storage. What it had not is drawn from a
     generator of its own name, not from one that earlier draws have moved on.
+
+    Before TPE models anything a trial has drafts: points drawn at random, one of which it takes.
     """
 
     def __init__(
@@ -221,15 +226,38 @@ class TrialSampling:
         self._study = study
         self._name = name
         self._seed = seed
+        self._startup_trials = startup_trials
         self.trial = optuna.trial.Trial(study, trial_id)
+        self._drafts: dict[int, optuna.trial.Trial] = {}
+        is_fixed = _FIXED in study._storage.get_trial(trial_id).system_attrs
+        # By its number, not by how many have finished: a second attempt has the same drafts.
+        is_startup = name == "tpe" and self.trial.number < startup_trials
+        self.num_drafts = STARTUP_DRAFTS if is_startup and not is_fixed else 1
         # A quasi-random sequence is one only if all trials share its seed.
         joint = seed if name == "qmc" else seed_for(seed, self.trial.number)
-        if "fixed_params" not in study._storage.get_trial(trial_id).system_attrs:
+        if not is_fixed:
             study.sampler = sampler(name, joint, self.trial.number, startup_trials)
             _ = self.trial.relative_params  # draws the joint part now, and keeps it
 
     def suggest(self, kind: str, name: str, arguments: dict[str, Any]) -> Any:
         """Raises ValueError if the range is none, or not the one the trial has stored."""
         seed = seed_for(self._seed, self.trial.number, name)
-        self._study.sampler = _WhenAsked(lambda: sampler(self._name, seed))
+        self._study.sampler = _WhenAsked(
+            lambda: sampler(self._name, seed, startup_trials=self._startup_trials)
+        )
         return getattr(self.trial, f"suggest_{kind}")(name, **arguments)
+
+    def draft(self, number: int, kind: str, name: str, arguments: dict[str, Any]) -> Any:
+        """The same of a draft, which is stored nowhere."""
+        if number not in self._drafts:
+            seed = seed_for(self._seed, self.trial.number, "draft", number)
+            study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+            self._drafts[number] = study.ask()
+        return getattr(self._drafts[number], f"suggest_{kind}")(name, **arguments)
+
+    def take(self, number: int) -> None:
+        """Make a draft the trial's point, from now on, whatever dies."""
+        params = self._drafts[number].params if number in self._drafts else {}
+        storage, trial_id = self._study._storage, self.trial._trial_id
+        storage.set_trial_system_attr(trial_id, _FIXED, params)
+        self.trial = optuna.trial.Trial(self._study, trial_id)

@@ -37,7 +37,7 @@ class Settings:
     pruner: str
     first_rung: int
     reduction_factor: int
-    average_weights: bool = True
+    average_weights: bool = False  # an earlier version's runs don't say it
     weights: str | None = None  # pretrained: a name, or the absolute path of a file
     max_parameters: int | None = None
     max_flops: int | None = None

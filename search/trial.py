@@ -116,16 +116,32 @@ class UnfinishedTrial:
 
     def suggest(self, message: Message) -> Message:
         """The answer to a worker's `suggest`."""
-        name, kind = message["name"], message["kind"]
+        name, kind, arguments = message["name"], message["kind"], message["arguments"]
         if self.told:
             return {"ended": True}
         if kind not in SUGGESTIONS:
             return {"error": f"A suggestion is one of {SUGGESTIONS}. Received: {kind!r}"}
         assert self._sampling is not None
+        draft = message.get("draft")
         try:
-            return {"value": self._sampling.suggest(kind, name, message["arguments"])}
+            if draft is None:
+                return {"value": self._sampling.suggest(kind, name, arguments)}
+            return {"value": self._sampling.draft(draft, kind, name, arguments)}
         except (ValueError, TypeError, OverflowError) as error:
             return {"error": f"{name!r}: {error}"}
+
+    @property
+    def num_drafts(self) -> int:
+        """How many points are drawn for this attempt to choose from."""
+        return self._sampling.num_drafts if self._sampling else 1
+
+    def take(self, message: Message) -> Message:
+        """The answer to a worker's `take`."""
+        if self.told:
+            return {"ended": True}
+        assert self._sampling is not None
+        self._sampling.take(message["draft"])
+        return {"value": None}
 
     def set_attribute(self, message: Message) -> Message:
         """The answer to a worker's `attribute`."""

@@ -86,6 +86,10 @@ class Study:
         for field in ("trials", "images_per_report", "batch_size", "first_rung"):
             if not isinstance(value := getattr(self, field), int) or value < 1:
                 raise ValueError(f"{field} is a whole number of at least 1. Received: {value!r}")
+        if not isinstance(self.average_weights, bool):
+            raise ValueError(
+                f"average_weights is True or False. Received: {self.average_weights!r}"
+            )
         for field in ("max_parameters", "max_flops", "max_memory"):
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or value < 1):

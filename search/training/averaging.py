@@ -12,7 +12,6 @@ matter of luck. What keeps it is Keras's own `use_ema`, which a saved model's co
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import keras
@@ -37,9 +36,7 @@ def average_weights(model: keras.Model) -> None:
     if optimizer.built or optimizer.use_ema or _wraps(optimizer):
         return
     optimizer.use_ema, optimizer.ema_momentum = True, MOMENTUM
-    # Keras's own has one momentum from the first step on. After fifty steps, a report of a small
-    # model, three fifths of the average would still be the weights before the first.
-    setattr(optimizer, _UPDATE, functools.partial(_update, optimizer))
+    setattr(optimizer, _UPDATE, _Update(optimizer))
 
 
 def is_averaged(model: keras.Model) -> bool:
@@ -56,12 +53,21 @@ def shorten(model: keras.Model, num_steps: int) -> None:
 class Averaged(keras.callbacks.Callback):
     """Puts the average in the weights' place from the end of a report's steps to the next report.
 
-    To be the first of the callbacks: validation and all others see the average.
+    To be the first of the callbacks: validation and all others see the average. Where a model's own
+    `train_step` leaves the compiled optimizer unused, there is none, and nothing is done.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._steps: list[Any] = []  # the weights of the last step, meanwhile; checkpoints keep it
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        # Keras would put the average there again at the end of `fit`, over what a callback has set,
+        # and on JAX in the same memory, which the next evaluation frees.
+        self.model.optimizer.finalize_variable_values = lambda variables: None
+
+    def on_train_end(self, logs: Any = None) -> None:
+        del self.model.optimizer.finalize_variable_values
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if not self._steps:
@@ -88,6 +94,9 @@ class Averaged(keras.callbacks.Callback):
     def _averaged(self) -> list[tuple[Any, Any]]:
         """The variables, each with its average."""
         optimizer = self.model.optimizer
+        update = vars(optimizer).get(_UPDATE)
+        if not optimizer.built or int(optimizer.iterations) == 0 or (update and not update.is_used):
+            return []
         averages = optimizer._model_variables_moving_average
         pairs = zip(optimizer._trainable_variables, averages, strict=True)
         return [pair for pair in pairs if pair[1] is not None]
@@ -97,24 +106,36 @@ def _wraps(optimizer: Any) -> bool:
     return hasattr(optimizer, "inner_optimizer") or hasattr(optimizer, "optimizers")
 
 
-def _update(optimizer: Any, variables: list[Any]) -> None:
-    """Move the average towards the weights, in a step of the optimizer."""
-    done = optimizer.iterations
-    is_early = done < _ALL
-    share = keras.ops.maximum(1 - MOMENTUM, _EARLY / (keras.ops.cast(done, "float32") + _EARLY))
-    share = keras.ops.where(is_early, share, _EVERY * share)
-    is_due = keras.ops.logical_or(is_early, done % _EVERY == 0)
+class _Update:
+    """Moves the average towards the weights, in each step of an optimizer.
 
-    def move(share: Any) -> None:
-        averages = optimizer._model_variables_moving_average
+    In the place of Keras's own method, which has one momentum from the first step on: after fifty
+    steps, a report of a small model, three fifths of the average would still be the weights before
+    the first.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer):
+        self.is_used = False
+        self._optimizer = optimizer
+
+    def __call__(self, variables: list[Any]) -> None:
+        self.is_used = True
+        done = self._optimizer.iterations
+        is_early = done < _ALL
+        share = keras.ops.maximum(1 - MOMENTUM, _EARLY / (keras.ops.cast(done, "float32") + _EARLY))
+        share = keras.ops.where(is_early, share, _EVERY * share)
+        is_due = keras.ops.logical_or(is_early, done % _EVERY == 0)
+        if keras.backend.backend() == "tensorflow":
+            keras.ops.cond(is_due, lambda: self._move(variables, share), lambda: None)
+        else:  # JAX knows no assignment in a branch
+            self._move(variables, keras.ops.where(is_due, share, 0.0))
+
+    def _move(self, variables: list[Any], share: Any) -> None:
+        averages = self._optimizer._model_variables_moving_average
         for variable, average in zip(variables, averages, strict=True):
-            if average is not None:
-                change = keras.ops.multiply(
-                    variable - average, keras.ops.cast(share, variable.dtype)
-                )
-                average.assign_add(change)
-
-    if keras.backend.backend() == "tensorflow":
-        keras.ops.cond(is_due, lambda: move(share), lambda: None)
-    else:  # JAX knows no assignment in a branch
-        move(keras.ops.where(is_due, share, 0.0))
+            if average is None:
+                continue
+            # Keras sees to constraints after this.
+            value = variable.constraint(variable) if variable.constraint else variable
+            change = keras.ops.multiply(value - average, keras.ops.cast(share, variable.dtype))
+            average.assign_add(change)

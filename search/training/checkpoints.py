@@ -72,8 +72,8 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._saved = time.monotonic()
-        # A guess until one is written: weights and two moments.
-        self._cost = 3 * 4 * self.model.count_params() / _BYTES_PER_SECOND
+        # A guess until one is written: weights and two moments, an average and the last step's.
+        self._cost = 5 * 4 * self.model.count_params() / _BYTES_PER_SECOND
         if not self._found:
             return
         arrays = self._found["arrays"]

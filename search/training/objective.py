@@ -27,7 +27,7 @@ from search.training.hypermodel import (
 )
 from search.training.hyperparameters import ReplayedHyperParameters, TrialHyperParameters, describe
 from search.training.training_data import Arrays, TrainingData
-from search.workers.protocol import Message, RemoteTrial
+from search.workers.protocol import Draft, Message, RemoteTrial, TrialEnded
 from studies.study import Study
 
 
@@ -87,8 +87,11 @@ class Objective:
 
     def trial(self, trial: RemoteTrial, message: Message) -> Message:
         """Train one point, report as it goes, and return its value on all validation images."""
-        self._begin(message["seed"])
         space = self._space(self._search_images)
+        if (num_drafts := message.get("drafts", 1)) > 1:
+            drafts = [trial.draft(number) for number in range(num_drafts)]
+            min(drafts, key=lambda draft: self._cost(space, draft)).take()
+        self._begin(message["seed"])
         hp = TrialHyperParameters(trial)
         try:
             model = self._built(space, hp)
@@ -134,6 +137,20 @@ class Objective:
         if not math.isfinite(value):
             return {"outcome": "diverged", "reason": f"the value was {value}"}
         return {"outcome": "complete", "value": value}
+
+    def _cost(self, space: Space, draft: Draft) -> float:
+        """Operations for one image; infinite where the point can't be trained."""
+        hp = TrialHyperParameters(draft)
+        try:
+            model = self._built(space, hp)
+        except TrialEnded:
+            raise
+        except Exception:  # if all drafts fail, the first one's trial says how
+            return math.inf
+        batch_size = hp.values.get("batch_size", self._study.batch_size)
+        return (
+            math.inf if limits.excess(model, batch_size, self._study) else complexity.flops(model)
+        )
 
     def _built(self, space: Space, hp: keras_tuner.HyperParameters) -> keras.Model:
         """The point's model, ready to be trained as the study says."""

@@ -89,6 +89,9 @@ def train(
         )
     callbacks = list(callbacks)
     if averaging.is_averaged(model):
+        # A space's own callback for it would exchange the two once more.
+        own = keras.callbacks.SwapEMAWeights
+        callbacks = [each for each in callbacks if not isinstance(each, own)]
         callbacks.insert(0, averaging.Averaged())
     _build(model, train_data[1][:1])
     at_once = backend.steps_at_once(model, callbacks, plan.steps_per_report)

@@ -40,7 +40,7 @@ _RULE: dict[str, Any] = {
         "precision": str,
         "images_per_report": int,
         "batch_size": int,
-        "average_weights": bool,
+        "average_weights": (bool, type(None)),  # an earlier version's don't say it
         "study_seed": int,
     },
     "dataset": {"name": str, "reference": str, "sha256": str},
@@ -127,7 +127,7 @@ def _train(
         epochs=how["schedule_epochs"],
         images_per_report=how["images_per_report"],
         batch_size=how["batch_size"],
-        average_weights=how["average_weights"],
+        average_weights=bool(how.get("average_weights")),
         seed=how["study_seed"],
         precision=options.get("precision") or how["precision"],
         max_attempts=options.get("max_attempts") or 3,
@@ -160,10 +160,8 @@ def _train(
         "study": entry.name,
         "file": artifacts.sha256(entry.file),
         "params": config["params"],
-        **{
-            name: how[name]
-            for name in ("images_per_report", "batch_size", "average_weights", "study_seed")
-        },
+        **{name: how[name] for name in ("images_per_report", "batch_size", "study_seed")},
+        "average_weights": settings.average_weights,
         "data": dataset["sha256"],
         "precision": ready["precision"],
         "weights": pretrained and pretrained["sha256"],
@@ -243,7 +241,8 @@ def _weights(config: dict[str, Any], options: dict[str, Any], described: Message
 
 def _check(value: Any, rule: Any, path: Path, name: str) -> None:
     if not isinstance(rule, dict):
-        if not isinstance(value, rule) or (isinstance(value, bool) and rule is not bool):
+        types = rule if isinstance(rule, tuple) else (rule,)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise SearchError(
                 f"{path} is no exported config: {name} is missing or of another type. "
                 f"Received: {str(value)[:80]!r}. `fmnist-search` writes them to configs/",

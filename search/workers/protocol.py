@@ -7,6 +7,7 @@
                                              <-   ready      space, known points, devices
     start    trial, attempt, task, ...       ->
                                              <-   suggest    trial, attempt, kind, name, ...
+                                             <-   take       trial, attempt, draft
     answer   trial, attempt, value | error   ->
                                              <-   report     trial, attempt, value, step, metrics
     answer   trial, attempt, value (prune?)  ->
@@ -119,7 +120,29 @@ class Diverged(Exception):
     """A value that is not finite: it is never stored, the trial ends as `diverged`."""
 
 
-class RemoteTrial:
+class _Suggestions:
+    """What an Optuna trial can be asked for."""
+
+    params: dict[str, Any]
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        return self._suggest(name, "float", {"low": low, "high": high, "step": step, "log": log})
+
+    def suggest_int(
+        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
+    ) -> int:
+        return self._suggest(name, "int", {"low": low, "high": high, "step": step, "log": log})
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._suggest(name, "categorical", {"choices": list(choices)})
+
+    def _suggest(self, name: str, kind: str, arguments: dict[str, Any]) -> Any:
+        raise NotImplementedError
+
+
+class RemoteTrial(_Suggestions):
     """Looks like an Optuna trial to the code in a worker; the coordinator does the work.
 
     Args:
@@ -135,18 +158,9 @@ class RemoteTrial:
         self._connection = connection
         self._prune = False
 
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        return self._suggest(name, "float", {"low": low, "high": high, "step": step, "log": log})
-
-    def suggest_int(
-        self, name: str, low: int, high: int, *, step: int = 1, log: bool = False
-    ) -> int:
-        return self._suggest(name, "int", {"low": low, "high": high, "step": step, "log": log})
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._suggest(name, "categorical", {"choices": list(choices)})
+    def draft(self, number: int) -> Draft:
+        """One of the points drawn for this trial; `take` it, or another."""
+        return Draft(self, number)
 
     def report(
         self, value: float, step: int, metrics: dict[str, float] | None = None, **progress: float
@@ -163,7 +177,7 @@ class RemoteTrial:
         """
         if not math.isfinite(value):
             raise Diverged(f"the value reported at step {step} is {value}")
-        self._prune = self._ask(
+        self._prune = self.ask(
             "report",
             value=float(value),
             step=int(step),
@@ -188,13 +202,13 @@ class RemoteTrial:
         )
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        self._ask("attribute", key=key, value=value)
+        self.ask("attribute", key=key, value=value)
 
     def _suggest(self, name: str, kind: str, arguments: dict[str, Any]) -> Any:
-        self.params[name] = self._ask("suggest", name=name, kind=kind, arguments=arguments)
+        self.params[name] = self.ask("suggest", name=name, kind=kind, arguments=arguments)
         return self.params[name]
 
-    def _ask(self, type_: str, **content: Any) -> Any:
+    def ask(self, type_: str, **content: Any) -> Any:
         self._connection.send(
             {"type": type_, "trial": self.number, "attempt": self.attempt, **content}
         )
@@ -204,6 +218,24 @@ class RemoteTrial:
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["value"]
+
+
+class Draft(_Suggestions):
+    """A point of a trial that may become the trial's."""
+
+    def __init__(self, trial: RemoteTrial, number: int):
+        self.params: dict[str, Any] = {}
+        self._trial = trial
+        self._number = number
+
+    def take(self) -> None:
+        """From now on the trial's own suggestions are these."""
+        self._trial.ask("take", draft=self._number)
+
+    def _suggest(self, name: str, kind: str, arguments: dict[str, Any]) -> Any:
+        asked = {"name": name, "kind": kind, "arguments": arguments, "draft": self._number}
+        self.params[name] = self._trial.ask("suggest", **asked)
+        return self.params[name]
 
 
 def _finite(figures: dict[str, Any]) -> dict[str, float]:

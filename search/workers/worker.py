@@ -122,10 +122,18 @@ def _describe(study: Study) -> Message:
     fields = {field.name: getattr(study, field.name) for field in dataclasses.fields(study)}
     for name in ("space", "objective", "known_points"):
         del fields[name]
+    # What trains by itself does as it does.
+    fields["average_weights"] &= study.space is not None and not _trains_itself(study)
     fields["published"] = [dict(figures) for figures in study.published]
     if study.compare:
         return {**fields, "kind": "comparison", "trials": len(study.known_points)}
     return {**fields, "kind": "objective" if study.objective else "space"}
+
+
+def _trains_itself(study: Study) -> bool:
+    from search.training.hypermodel import trains_itself
+
+    return trains_itself(study.space)
 
 
 def _keras_tasks(study: Study, settings: Message) -> Any:

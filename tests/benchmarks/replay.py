@@ -35,7 +35,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,7 @@ class Table:
         self.known = np.asarray(stored["known"], bool)  # (points,)
         self.start = np.asarray(stored["start"], float)  # (points,) seconds
         self.last = np.asarray(stored["final"], float)  # (points,) seconds
+        self.flops = np.asarray(stored["flops"], float)  # (points,) of one image
         self.report = np.asarray(stored["train"], float)  # (points, reports) seconds
         self.measure = np.asarray(stored["measure"], float)
         sound = np.isfinite(stored["loss"])
@@ -162,6 +163,7 @@ class Policy:
             best paused trial that has meanwhile come to be among them.
         every: reports of the table for one report of the search.
         known: try the known points first, as the product does.
+        drafts: points drawn for each trial before TPE begins, the cheapest of which is tried.
     """
 
     sampler: str = "tpe"
@@ -170,6 +172,7 @@ class Policy:
     startup_trials: int = sampling.STARTUP_TRIALS
     every: int = 1
     known: bool = False
+    drafts: int = 1
 
 
 class Outcome(NamedTuple):
@@ -259,21 +262,32 @@ class Replay:
             self._is_at(run, int(self._known.pop(0)))
         elif len(self._untried):
             run = self._new_trial()
-            proposed = self._propose(self._storage.get_trial(run.trial_id))
-            self._is_at(run, self._table.nearest(proposed, self._untried))
+            self._is_at(run, self._drawn(self._storage.get_trial(run.trial_id)))
             self._untried = self._untried[self._untried != run.point]
         else:
             return
         self._num_trials += 1
         self._next(now + self._table.start[run.point], run)
 
-    def _propose(self, trial: FrozenTrial) -> dict[str, Any]:
-        """A point of the space, drawn as the product draws it for a trial of that number."""
-        policy = self._policy
-        is_sequence = policy.sampler == "qmc"
-        seed = self._seed if is_sequence else sampling.seed_for(self._seed, trial.number)
+    def _drawn(self, trial: FrozenTrial) -> int:
+        """A point not tried yet, drawn as the product draws it for a trial of that number."""
+        policy, number = self._policy, trial.number
         startup_trials = policy.startup_trials + policy.known * int(self._table.known.sum())
-        sampler = sampling.sampler(policy.sampler, seed, trial.number, startup_trials)
+        if policy.drafts > 1 and number < startup_trials:
+            drafts, untried = [], self._untried
+            for draft in range(min(policy.drafts, len(untried))):
+                seed = sampling.seed_for(self._seed, number, "draft", draft)
+                proposed = self._propose(trial, sampling.sampler("random", seed))
+                drafts.append(self._table.nearest(proposed, untried))
+                untried = untried[untried != drafts[-1]]  # those of the product differ, too
+            return min(drafts, key=lambda point: self._table.flops[point])
+        is_sequence = policy.sampler == "qmc"
+        seed = self._seed if is_sequence else sampling.seed_for(self._seed, number)
+        sampler = sampling.sampler(policy.sampler, seed, number, startup_trials)
+        return self._table.nearest(self._propose(trial, sampler), self._untried)
+
+    def _propose(self, trial: FrozenTrial, sampler: optuna.samplers.BaseSampler) -> dict[str, Any]:
+        """A point of the space."""
         shown = optuna.pruners._filter_study(self._study, trial)
         joint = sampler.sample_relative(
             shown, trial, sampler.infer_relative_search_space(shown, trial)
@@ -528,7 +542,8 @@ def policies(table: Table) -> dict[str, Policy]:
         made = functools.partial(_halving, first=first, factor=factor)
         return Policy(pruner=made, **rest)
 
-    default = Policy(own["sampler"], functools.partial(_own, own["pruner"], first, factor))
+    pruned = functools.partial(_own, own["pruner"], first, factor)
+    default = Policy(own["sampler"], pruned, drafts=sampling.STARTUP_DRAFTS)
     second = float(np.median(table.start + np.nansum(table.report[:, :1], 1)))
     return {
         "random": Policy("random"),
@@ -545,17 +560,16 @@ def policies(table: Table) -> dict[str, Policy]:
         "default, random": Policy("random", default.pruner),
         "default, qmc": Policy("qmc", default.pruner),
         **{
-            f"default, {made.__name__.lower()}": Policy(
-                own["sampler"], functools.partial(_like, made, first=first, factor=factor)
+            f"default, {made.__name__.lower()}": replace(
+                default, pruner=functools.partial(_like, made, first=first, factor=factor)
             )
             for made in (Lenient, Published)
         },
-        "default, known points": Policy(default.sampler, default.pruner, known=True),
-        "default, 2 reports in 1": Policy(default.sampler, default.pruner, every=2),
+        "default, known points": replace(default, known=True),
+        "default, 2 reports in 1": replace(default, every=2),
+        **{f"default, {count} drafts": replace(default, drafts=count) for count in (1, 2, 5)},
         **{
-            f"default, start-up {count}": Policy(
-                default.sampler, default.pruner, startup_trials=count
-            )
+            f"default, start-up {count}": replace(default, startup_trials=count)
             for count in (6, 24)
         },
         **{
@@ -571,12 +585,12 @@ def policies(table: Table) -> dict[str, Policy]:
         ),
         "tpe + power law": Policy(pruner=functools.partial(_extrapolated, "power")),
         "tpe + gains": Policy(pruner=functools.partial(_extrapolated, "gains")),
-        "default, power law": Policy(
-            pruner=functools.partial(_extrapolated, "power", first=first, factor=factor)
-        ),
-        "default, gains": Policy(
-            pruner=functools.partial(_extrapolated, "gains", first=first, factor=factor)
-        ),
+        **{
+            f"default, {said}": replace(
+                default, pruner=functools.partial(_extrapolated, kind, first=first, factor=factor)
+            )
+            for kind, said in (("power", "power law"), ("gains", "gains"))
+        },
     }
 
 

@@ -35,6 +35,7 @@ def stored(points, *, known=()):
         "space": json.dumps(SPACE),
         "params": [json.dumps(point) for point in points],
         "known": [at in known for at in range(len(points))],
+        "flops": units * 1e6,
         "start": np.full(len(points), 3.0),
         "final": np.full(len(points), 4.0),
         "train": np.repeat(units[:, np.newaxis] / 16, NUM_REPORTS, 1),

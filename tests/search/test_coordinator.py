@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import optuna
@@ -640,7 +641,10 @@ def test_a_trial_that_is_lost_too_often_fails_with_its_last_words(search, trials
     assert [attempt["reason"] for attempt in trial.user_attrs["attempts"]] == ["killed"] * 3
 
 
-def test_what_the_workers_say_at_once_is_one_transaction_and_answered_after_it(search, trials):
+def test_what_the_workers_say_at_once_is_one_transaction_and_answered_after_it(
+    search, trials, monkeypatch
+):
+    monkeypatch.setattr(coordinator, "ASKING", math.inf)  # all begin at once
     commits, at_answer = [], []
 
     def prepare(study):
@@ -657,6 +661,34 @@ def test_what_the_workers_say_at_once_is_one_transaction_and_answered_after_it(s
     search(script, num_slots=4, prepare=prepare, at_answer=say_what_is_stored)
     first = at_answer[0][0]
     assert at_answer == [(first + step, 4 * (step + 1)) for step in (0, 1, 2) for _ in range(4)]
+
+
+def test_a_trial_takes_one_of_its_drafts_whatever_dies(search, trials):
+    said, sampler = [], {"sampler": "tpe", "trials": 1}
+
+    def drawn(draft=None):
+        message = suggest("x") if draft is None else {**suggest("x"), "draft": draft}
+        said.append((draft, (yield message)["value"]))
+
+    def chooses(number, attempt):
+        for draft in (0, 1, 2, 0):
+            yield from drawn(draft)
+        if attempt == 1:
+            yield CRASH
+        yield {"type": "take", "draft": 1}
+        yield from drawn()
+        yield CRASH if attempt == 2 else finished(value=0.5)
+
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            search(chooses, **sampler)
+    (first, second, third, again), (_, kept) = said[:4], said[-1]
+    assert said[4:8] == said[:4]  # what nothing was taken of is drawn alike
+    assert len({value for _, value in (first, second, third)}) == 3
+    assert (again, kept) == (first, second[1])
+    given = search(good, **sampler).given  # adopts it
+    assert [task["drafts"] for _, _, task in given] == [1]
+    assert trials()[0].params == {"x": kept}
 
 
 @pytest.mark.parametrize(

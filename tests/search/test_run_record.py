@@ -8,6 +8,7 @@ import pytest
 from search import provenance, run_record
 from search.errors import EXIT_USAGE, SearchError
 from search.run_record import refuse_another_space, refuse_differences, refuse_other_points
+from search.settings import FIXED
 from tests import made_up_run
 from tests.search.test_settings import settings
 
@@ -54,13 +55,19 @@ def test_what_may_change_between_two_starts(options):
     refuse_differences(fixed(), fixed(**options), "mine", "runs/mine")
 
 
-def test_a_study_of_an_earlier_version_may_lack_a_field_that_says_nothing():
-    stored = {name: value for name, value in fixed().items() if value is not None}
-    assert stored != fixed()
+def test_a_study_of_an_earlier_version_may_lack_a_field(tmp_path):
+    stored = {name: value for name, value in fixed().items() if name != FIXED[-1]}
     refuse_differences(stored, fixed(), "mine", "runs/mine")
-    del stored["average_weights"]
-    with pytest.raises(SearchError, match="average_weights was None and is now True"):
-        refuse_differences(stored, fixed(), "mine", "runs/mine")
+
+
+def test_an_earlier_version_did_not_average_weights(tmp_path):
+    """Neither is its run continued with averages, nor refused where there are none."""
+    stored = {name: value for name, value in fixed().items() if name != "average_weights"}
+    study = SimpleNamespace(user_attrs={"run": {"dataset": {}, "fixed": stored}})
+    run = run_record.of(study, tmp_path)
+    with pytest.raises(SearchError, match="average_weights was False and is now True"):
+        refuse_differences(run["fixed"], fixed(), "mine", "runs/mine")
+    refuse_differences(run["fixed"], fixed(average_weights=False), "mine", "runs/mine")
 
 
 @pytest.mark.fault("S8")

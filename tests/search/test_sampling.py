@@ -109,6 +109,55 @@ def suggest(study, trial_id, name, num_questions=None, seed=7):
     return answers
 
 
+def test_before_tpe_begins_a_trial_has_drafts(opened):
+    study = opened("new", is_filled=False)
+    for name, drafts in (("tpe", sampling.STARTUP_DRAFTS), ("random", 1), ("qmc", 1)):
+        assert TrialSampling(study, ask(study), name, 7).num_drafts == drafts
+    study.enqueue_trial({"units": 17})
+    assert TrialSampling(study, ask(study), "tpe", 7).num_drafts == 1
+    study = opened()
+    assert TrialSampling(study, ask(study), "tpe", 7).num_drafts == 1
+    more = TrialSampling(study, ask(study), "tpe", 7, startup_trials=30)
+    assert more.num_drafts == sampling.STARTUP_DRAFTS
+
+
+def test_a_draft_is_drawn_at_random_and_kept_when_it_is_taken(opened):
+    study = opened("new", is_filled=False)
+    trial_id, drafts = ask(study), {}
+    trial = TrialSampling(study, trial_id, "tpe", 7)
+    for number in range(40):
+        drafts[number] = {
+            name: trial.draft(number, kind, name, arguments) for kind, name, arguments in QUESTIONS
+        }
+    assert drafts[3] == {name: trial.draft(3, kind, name, of) for kind, name, of in QUESTIONS}
+    assert study.trials[-1].params == {}
+    rates = [np.log10(point["rate"]) for point in drafts.values()]
+    assert min(rates) < -3.7
+    assert max(rates) > -1.3
+    assert np.mean(rates) == pytest.approx(-2.5, abs=0.5)
+    trial.take(3)
+    again = TrialSampling(opened("new"), trial_id, "tpe", 8)  # a coordinator later
+    for taken in (trial, again):
+        for kind, name, arguments in QUESTIONS:
+            assert taken.suggest(kind, name, arguments) == drafts[3][name]
+    assert again.num_drafts == 1
+
+
+def test_before_tpe_begins_nothing_is_drawn_by_it(opened, monkeypatch):
+    """Known points make it begin later, also for what is asked for one by one."""
+    models = []
+    sample = optuna.samplers.TPESampler._sample
+    monkeypatch.setattr(
+        optuna.samplers.TPESampler, "_sample", lambda *of: models.append(of) or sample(*of)
+    )
+    study = opened()
+    for startup_trials, are_modelled in ((30, False), (12, True)):
+        trial = TrialSampling(study, ask(study), "tpe", 7, startup_trials)
+        trial.suggest("float", "new", {"low": 0.0, "high": 1.0})
+        trial.suggest("float", "rate", RATE)
+        assert bool(models) == are_modelled
+
+
 @pytest.mark.parametrize("name", ["tpe", "random", "qmc"])
 @pytest.mark.parametrize("is_filled", [False, True])
 def test_a_trial_adopted_half_way_is_the_trial_in_one_go(opened, name, is_filled):

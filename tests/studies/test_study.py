@@ -34,6 +34,7 @@ KNOWN = [
         ({"images_per_report": 12.8}, r"images_per_report is a whole number .*Received: 12.8"),
         ({"batch_size": -1}, r"batch_size is a whole number of at least 1. Received: -1"),
         ({"first_rung": 0}, r"first_rung is a whole number of at least 1. Received: 0"),
+        ({"average_weights": 1}, "average_weights is True or False. Received: 1"),
         ({"reduction_factor": 1}, r"reduction_factor is at least 2. Received: 1"),
         ({"max_flops": 0.5}, r"max_flops is a whole number of at least 1. Received: 0.5"),
         ({"max_memory": 0}, r"max_memory is a whole number of at least 1. Received: 0"),

@@ -199,6 +199,17 @@ def test_an_average_of_the_weights_is_kept_by_plain_keras(tmp_path, monkeypatch)
     assert printed["test accuracy"] > 0.5
 
 
+def test_the_best_weights_are_the_average_s(tmp_path):
+    model = dense()
+    best = keras.callbacks.EarlyStopping("loss", patience=3, restore_best_weights=True)
+    assert "SwapEMAWeights" not in text_of(model, callbacks=[best])
+    averaging.average_weights(model)
+    assert "callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch=True), " in " ".join(
+        text_of(model, callbacks=[best]).replace("(\n", "(").split()
+    ).replace("[ ", "[")
+    assert "SwapEMAWeights" not in text_of(model, callbacks=[])
+
+
 @pytest.mark.slow
 def test_a_plateau_is_trained_alike(tmp_path, monkeypatch):
     values = SMALL | {"schedule": "plateau", "shift": 0, "erasing": 0.2}

@@ -107,6 +107,7 @@ def test_what_a_callback_sets_is_kept():
     seen = []
     training.train(model, data(), plan(), validation_data=None, callbacks=[Zero(), biases])
     assert [np.abs(weights).max() > 1e-6 for weights in seen] == [True] * 2 + [False] * 4
+    assert np.all(model.get_weights()[0] == 0)
 
 
 def test_without_validation_too():
@@ -154,8 +155,59 @@ def test_an_optimizer_that_is_ready_or_wraps_another_is_left_alone(optimizer):
         assert list(trial.reports) == [1, 2, 3]
 
 
+class OwnStep(keras.Model):
+    """Trains with an optimizer of its own; the compiled one is Keras's default, and idle."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.own = keras.optimizers.SGD(0.1)
+
+    def train_step(self, batch):
+        import tensorflow as tf
+
+        x, y = batch
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        self.own.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
+        return {"loss": loss}
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="its train_step is TensorFlow's"
+)
+def test_an_optimizer_that_is_not_used_has_no_average():
+    plain = network()
+    model = OwnStep(plain.inputs, plain.outputs)
+    model.compile(loss=plain.loss, metrics=["accuracy"])
+    averaging.average_weights(model)
+    before, (x, y) = model.get_weights(), data()
+    training.train(model, (x, y), plan(), validation_data=(x, y), callbacks=[])
+    assert np.abs(model.get_weights()[0] - before[0]).max() > 1e-4
+    assert np.abs(model.get_weights()[0]).max() > 1e-2
+
+
+def test_averages_keep_constraints():
+    inputs = keras.Input((2, 2, 1))
+    layer = keras.layers.Dense(3, kernel_constraint="non_neg", activation="softmax")
+    model = keras.Model(inputs, layer(keras.layers.Flatten()(inputs)))
+    model.compile(
+        keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    averaging.average_weights(model)
+    training.train(model, data(), plan(), validation_data=None, callbacks=[])
+    assert layer.kernel.numpy().min() == 0
+
+
+def test_a_callback_of_the_space_s_that_exchanges_them_is_left_out():
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    model, *_ = trained([swap], average=True)
+    expected, *_ = trained(average=True)
+    assert_close(model.get_weights(), expected.get_weights())
+
+
 def test_a_saved_model_is_trained_on_by_plain_keras(tmp_path):
     model, *_ = trained(average=True)
+    model.evaluate(*data(), verbose=0)  # on JAX frees what the weights were in
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     assert_close(loaded.get_weights(), model.get_weights())

@@ -51,13 +51,20 @@ class Trial:
 
     number, attempt = 0, 1
 
-    def __init__(self, prune_at=None, **answers):
+    def __init__(self, prune_at=None, offers=(), **answers):
+        self._offers = offers  # answers of each draft
+        self.drafts = []
         self.reports = {}
         self.user_attrs = {}
         self.params = {}
         self.notes = []
         self._answers = answers
         self._prune_at = prune_at
+
+    def draft(self, number):
+        self.drafts.append(Trial(**self._offers[number]))
+        self.drafts[-1].take = lambda: self._answers.update(self._offers[number])
+        return self.drafts[-1]
 
     def suggest_float(self, name, low, high, *, step=None, log=False):
         return self._answer(name, (low * high) ** 0.5 if log else (low + high) / 2)
@@ -598,6 +605,40 @@ def test_workers_share_the_memory(monkeypatch):
         got = tasks().trial(Trial(), MESSAGE)
         assert got["outcome"] == outcome
     assert got["reason"].endswith("above this machine's 0.0 GB among 4 workers")
+
+
+@pytest.mark.parametrize(
+    ("offers", "limits", "units"),
+    [
+        ([{"units": 16}, {"units": 8}, {"units": 12}], {}, 8),
+        ([{"units": 8}, {"units": 16}], {}, 8),
+        # What can't be trained is no bargain.
+        ([{"units": 16}, {"units": 4, "batch_size": 10**9}], {}, 16),
+        ([{"units": 16}, {"units": -4}], {}, 16),
+        # Nor is any, if none can be.
+        ([{"units": 16}, {"units": 8}], {"max_parameters": 1}, 16),
+    ],
+)
+def test_the_cheapest_draft_is_trained(offers, limits, units):
+    class Batches(Small):
+        def build(self, hp):
+            hp.Choice("batch_size", [50, 10**9])
+            return super().build(hp)
+
+    trial = Trial(kind="deep", offers=[{"kind": "deep"} | offer for offer in offers])
+    outcome = tasks(Batches, **limits).trial(trial, MESSAGE | {"drafts": len(offers)})
+    assert outcome["outcome"] == ("invalid" if limits else "complete")
+    assert trial.params["units"] == units
+    assert Small.model.layers[-2].units == units
+
+
+def test_a_draft_that_is_taken_is_trained_as_if_there_had_been_no_other(made_up_data):
+    """`repeat` trains it again by its values and its seed."""
+    alone, chosen = Trial(kind="deep", units=8), Trial(offers=[{"kind": "deep", "units": 8}] * 2)
+    tasks(Small, made_up_data).trial(alone, MESSAGE)
+    tasks(Small, made_up_data).trial(chosen, MESSAGE | {"drafts": 2})
+    assert len(chosen.drafts) == 2
+    assert chosen.reports == alone.reports
 
 
 class Shrinking(Small):

@@ -1,8 +1,10 @@
-"""What a worker makes of its tasks' errors."""
+"""What a worker says of its study, and makes of its tasks' errors."""
 
+import keras_tuner
 import pytest
 
-from search.workers.worker import _failure
+from search.workers.worker import _describe, _failure
+from studies.study import Study
 
 
 class InternalError(Exception):
@@ -36,3 +38,21 @@ def test_other_errors_are_errors(error):
     with pytest.raises(type(error)) as caught:
         raise error
     assert _failure(caught.value)["outcome"] == "error"
+
+
+class TrainsItself(keras_tuner.HyperModel):
+    def fit(self, hp, model, *args, **kwargs):
+        return 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "averaged"),
+    [
+        ({"space": keras_tuner.HyperModel}, True),
+        ({"space": keras_tuner.HyperModel, "average_weights": False}, False),
+        ({"space": TrainsItself}, False),
+        ({"objective": len}, False),
+    ],
+)
+def test_weights_are_averaged_where_a_worker_trains(fields, averaged):
+    assert _describe(Study(name="mine", **fields))["average_weights"] is averaged
