@@ -39,9 +39,6 @@ class Settings:
     reduction_factor: int
     average_weights: bool = False  # an earlier version's runs don't say it
     weights: str | None = None  # pretrained: a name, or the absolute path of a file
-    max_parameters: int | None = None
-    max_flops: int | None = None
-    max_memory: int | None = None
     cache_size: int = 8_000_000_000  # bytes, of frozen parts' activations; 0 for none
     folder: str = ""  # of the run; absolute
     checkpoints: str = ""  # folder of trainings that run, where every worker sees it; absolute

@@ -13,7 +13,7 @@ from search.report.bars import name_of
 from search.report.page import Html, text
 from search.report.source import Run
 from search.results import short, spread
-from search.view.progress import duration
+from search.view.live import duration
 
 _WHY_NO_METRICS = {
     "space": "The winners have not been retrained yet: there is no test accuracy. What is shown is "

@@ -85,18 +85,21 @@ class Averaged(keras.callbacks.Callback):
         self._put()
 
     def _put(self) -> None:
-        if self._steps:
+        if self._steps or not self._is_kept():
             return
         for variable, average in self._averaged():
             self._steps.append(keras.ops.convert_to_numpy(variable))
             variable.assign(np.array(average))  # a copy: JAX would share the memory
 
+    def _is_kept(self) -> bool:
+        optimizer = self.model.optimizer
+        update = vars(optimizer).get(_UPDATE)
+        is_used = update is None or update.is_used
+        return is_used and optimizer.built and int(optimizer.iterations) > 0
+
     def _averaged(self) -> list[tuple[Any, Any]]:
         """The variables, each with its average."""
         optimizer = self.model.optimizer
-        update = vars(optimizer).get(_UPDATE)
-        if not optimizer.built or int(optimizer.iterations) == 0 or (update and not update.is_used):
-            return []
         averages = optimizer._model_variables_moving_average
         pairs = zip(optimizer._trainable_variables, averages, strict=True)
         return [pair for pair in pairs if pair[1] is not None]

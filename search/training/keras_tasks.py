@@ -203,7 +203,7 @@ class KerasTasks(Objective):
         message: Message,
     ) -> training.Plan:
         num_reports = max(1, round(epochs * num_images / images_per_report))
-        batch_size = hp.values.get("batch_size", self._study.batch_size)
+        batch_size = self._batch_size(hp)
         return training.Plan(
             num_images, images_per_report, num_reports, batch_size, message["seed"]
         )

@@ -108,7 +108,7 @@ class Objective:
         trial.set_user_attr("flops", complexity.flops(model))
         if self._settings["weights"]:
             trial.set_user_attr("pretrained", space.is_pretrained(hp))
-        batch_size = hp.values.get("batch_size", self._study.batch_size)
+        batch_size = self._batch_size(hp)
         trial.set_user_attr("memory", complexity.training_bytes(model, batch_size))
         if too_much := limits.excess(model, batch_size, self._study):
             return {"outcome": "invalid", "reason": too_much}
@@ -138,6 +138,9 @@ class Objective:
             return {"outcome": "diverged", "reason": f"the value was {value}"}
         return {"outcome": "complete", "value": value}
 
+    def _batch_size(self, hp: keras_tuner.HyperParameters) -> int:
+        return int(hp.values.get("batch_size", self._settings["batch_size"]))
+
     def _cost(self, space: Space, draft: Draft) -> float:
         """Operations for one image; infinite where the point can't be trained."""
         hp = TrialHyperParameters(draft)
@@ -147,7 +150,7 @@ class Objective:
             raise
         except Exception:  # if all drafts fail, the first one's trial says how
             return math.inf
-        batch_size = hp.values.get("batch_size", self._study.batch_size)
+        batch_size = self._batch_size(hp)
         return (
             math.inf if limits.excess(model, batch_size, self._study) else complexity.flops(model)
         )

@@ -19,7 +19,7 @@ from search import results
 from search.errors import EXIT_DAMAGED, EXIT_STORAGE_LOST, SearchError
 from search.storage import storage
 from search.view import textplot
-from search.view.progress import duration
+from search.view.live import duration
 
 if TYPE_CHECKING:
     from search.catalogue import Entry

@@ -20,11 +20,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.logging import RichHandler
 
-from search.view.live import Picture, duration, frame
+from search.view.live import Picture, frame
 from search.view.time_left import Finished
 from search.workers.slots import Slot
-
-__all__ = ["View", "duration"]
 
 logger = logging.getLogger("search")
 _PERIOD = 0.25  # seconds between two frames

@@ -81,9 +81,9 @@ def drawn_by_class(y: np.ndarray, size: int) -> np.ndarray:
     return np.lexsort((y, rank))[:size]
 
 
-def thinned(x: np.ndarray, most: int = MOST_PIXELS) -> np.ndarray:
-    """Images (n, height, width, channels) with every so many-th pixel, at most `most` on a side."""
-    step = -(-max(x.shape[1:3]) // most)
+def thinned(x: np.ndarray) -> np.ndarray:
+    """Images (n, height, width, channels), every so many-th pixel: at most MOST_PIXELS a side."""
+    step = -(-max(x.shape[1:3]) // MOST_PIXELS)
     return x[:, ::step, ::step]
 
 

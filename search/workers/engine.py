@@ -6,16 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from search.workers.devices import Device
-from search.workers.protocol import Message
-
-
-class Channel(Protocol):
-    """The pool's end of what it says to a worker, and hears of it; a selector waits for it."""
-
-    def fileno(self) -> int: ...
-    def send(self, message: Message) -> None: ...
-    def receive(self) -> list[Message]: ...
-    def is_readable(self) -> bool: ...
+from search.workers.protocol import Channel, Message
 
 
 class Worker(Protocol):

@@ -632,6 +632,17 @@ def test_the_cheapest_draft_is_trained(offers, limits, units):
     assert Small.model.layers[-2].units == units
 
 
+def test_the_batch_size_is_the_run_s(made_up_data):
+    """A config is trained with its own, whatever its study's file says by now."""
+    memory = []
+    for batch_size in (50, 25):
+        task, trial = tasks(Small, made_up_data), Trial()
+        task._settings["batch_size"] = batch_size
+        task.trial(trial, MESSAGE)
+        memory.append(trial.user_attrs["memory"])
+    assert memory[0] > memory[1]
+
+
 def test_a_draft_that_is_taken_is_trained_as_if_there_had_been_no_other(made_up_data):
     """`repeat` trains it again by its values and its seed."""
     alone, chosen = Trial(kind="deep", units=8), Trial(offers=[{"kind": "deep", "units": 8}] * 2)
