@@ -101,6 +101,7 @@ except Exception as error:
     assert (tmp_path / "elsewhere" / "study.db").exists()
 
 
+@pytest.mark.slow
 def test_a_class_of_the_script_itself_is_refused_with_the_fix(tmp_path):
     text = (
         SPACE

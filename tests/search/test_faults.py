@@ -109,6 +109,7 @@ def test_200_trials_end_whoever_is_killed_100_times(tmp_path, kills_at):
 
 
 @pytest.mark.fault("K3")
+@pytest.mark.slow
 def test_a_retry_replaces_reports_and_is_not_pruned_where_it_had_passed(tmp_path):
     command = Command(tmp_path, DUMMY_FAULT="die-once")
     code, output = command.run("--trials", "16", "--workers", "2")
@@ -206,6 +207,7 @@ def test_k6_an_endless_loop_is_ended_and_the_others_go_on(tmp_path):
 
 
 @pytest.mark.fault("K7")
+@pytest.mark.slow
 def test_k7_a_signal_to_all_processes_costs_no_attempt(command):
     """As the system sends it, or a cluster's scheduler; the workers hear it first."""
     arguments = ("--trials", "8", "--workers", "2", "--max-attempts", "1")

@@ -46,6 +46,7 @@ def cgroup():
 
 
 @pytest.mark.fault("N3")
+@pytest.mark.slow
 def test_n3_a_trial_killed_for_memory_runs_once_more_alone(tmp_path, cgroup):
     command = Command(tmp_path, prefix=cgroup, DUMMY_FAULT="memory", DUMMY_SLEEP="0.02")
     code, output = command.run("--trials", "6", "--workers", "2", "--pruner", "none")
@@ -76,6 +77,7 @@ def test_n3_an_error_of_memory_passes_where_a_trial_is_alone(tmp_path):
         check_alone(trials, attempts[-1])
 
 
+@pytest.mark.slow
 def test_n3_an_error_of_a_shared_gpu_s_memory_passes_where_a_trial_has_all_of_it(tmp_path):
     command = Command(tmp_path, DUMMY_FAULT="memory-error", CUDA_VISIBLE_DEVICES="0")
     code, output = command.run("--trials", "6", "--per-gpu", "3", "--pruner", "none")

@@ -255,6 +255,7 @@ def test_the_table_of_samplers(name, kind):
     assert isinstance(sampling.sampler(name, 0), kind)
 
 
+@pytest.mark.slow
 def test_of_the_others_tpe_looks_at_the_latest_and_at_some_of_the_older(opened, monkeypatch):
     def draw(most, early):
         monkeypatch.setattr(sampling, "MOST_OTHERS", most)

@@ -83,6 +83,7 @@ def test_a_subclass_narrows_the_space():
     assert ranges["input_dropout"].max_value == 0
 
 
+@pytest.mark.slow
 def test_the_defaults_learn_digits():
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, 8, 8, 1) / 16 * 255).astype("uint8")

@@ -118,6 +118,7 @@ def test_s1_a_trial_whose_answer_is_lost_is_made_once(url, fail):
 
 
 @pytest.mark.fault("S1")
+@pytest.mark.slow
 def test_s1_one_transaction_in_five_fails_in_a_whole_run(tmp_path):
     command = Command(tmp_path, DUMMY_SLEEP="0.02")
     code, output = command.run("--trials", "5", "--workers", "2", program=("tests.failing",))
@@ -172,6 +173,7 @@ def lock_while_written(path, seconds):
 
 
 @pytest.mark.fault("S3")
+@pytest.mark.slow
 def test_s3_a_file_that_another_process_locks_is_waited_for(tmp_path):
     check_locked(Command(tmp_path), 5)
 
@@ -264,6 +266,7 @@ def fill(disk):
 
 
 @pytest.mark.fault("S4")
+@pytest.mark.slow
 def test_s4_a_full_disk_at_a_commit_or_a_log_line(disk, tmp_path):
     command = Command(disk)
     command.log = tmp_path / "dummy.log"

@@ -181,6 +181,7 @@ def test_the_seconds_of_a_training_are_those_of_all_its_attempts(tmp_path):
     assert 1_000 < before < now < 1_100
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_at_its_end_has_nothing_left_to_do(tmp_path):
     """As a winner's while its model is saved; on JAX it must not be given an empty generator."""
     with pytest.raises(Killed):

@@ -317,6 +317,7 @@ def assert_same_weights(model, other):
         assert_near(a, b)
 
 
+@pytest.mark.slow
 def test_training_the_rest_is_training_the_model(tmp_path):
     """Some epochs whole, some in parts, some whole again; saved on the way."""
     whole, other = trainable(), trainable()

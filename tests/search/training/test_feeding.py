@@ -37,6 +37,7 @@ print((own() - before) / array.nbytes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.slow
 def test_two_feeds_share_the_memory_of_a_mapped_file(tmp_path):
     array = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (16_000, 32, 32, 4))
     array[:, 0, 0, 0] = np.arange(len(array))

@@ -531,6 +531,7 @@ def test_a_saved_model_answers_as_its_stored_activations_say(tmp_path):
     assert outcome["trained_on"].startswith("activations in float")
 
 
+@pytest.mark.slow
 def test_a_winner_for_which_float16_is_too_coarse_is_trained_again(tmp_path, caplog):
     told = []
     message = winner(tmp_path, {}, epochs=3, share=1.0, checkpoint=str(tmp_path / "c.npz"))
@@ -548,6 +549,7 @@ def test_a_winner_for_which_float16_is_too_coarse_is_trained_again(tmp_path, cap
         assert_same_answers(exact, rounded)
 
 
+@pytest.mark.slow
 def test_a_trial_for_which_float16_is_too_coarse_is_measured_on_images(tmp_path):
     made, split = tasks(Coarse, folder=tmp_path, epochs=3), datasets.load_split("digits")
     said = []

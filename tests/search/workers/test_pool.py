@@ -705,6 +705,7 @@ def test_a_killed_process_is_lost_and_reaped(tmp_path):
 
 
 @pytest.mark.fault("K6")
+@pytest.mark.slow
 def test_a_process_that_hangs_while_it_loads_is_replaced(tmp_path, monkeypatch):
     body = """
 hung = Path(__file__).with_name("hung")
