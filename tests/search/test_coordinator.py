@@ -48,8 +48,12 @@ def url(tmp_path):
 
 
 @pytest.fixture
-def search(url, tmp_path):
-    """Searches as a coordinator does that has just been started; returns the pool it used."""
+def search(url, tmp_path, monkeypatch):
+    """Searches as a coordinator does that has just been started; returns the pool it used.
+
+    All idle workers get trials before anything is heard, also where starting them takes long.
+    """
+    monkeypatch.setattr(coordinator, "ASKING", math.inf)
 
     def search(
         script,
@@ -641,10 +645,7 @@ def test_a_trial_that_is_lost_too_often_fails_with_its_last_words(search, trials
     assert [attempt["reason"] for attempt in trial.user_attrs["attempts"]] == ["killed"] * 3
 
 
-def test_what_the_workers_say_at_once_is_one_transaction_and_answered_after_it(
-    search, trials, monkeypatch
-):
-    monkeypatch.setattr(coordinator, "ASKING", math.inf)  # all begin at once
+def test_what_the_workers_say_at_once_is_one_transaction_and_answered_after_it(search, trials):
     commits, at_answer = [], []
 
     def prepare(study):
