@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from search import folders, provenance
+from search import folders, provenance, run_record
 from search.data import datasets, fetching, weights
 from search.data.fetching import DataFile
 from search.errors import EXIT_USAGE, SearchError
@@ -286,9 +286,9 @@ def _unusable(file: Path) -> str:
             names = [name for (name,) in connection.execute("SELECT study_name FROM studies")]
         for name in names:
             study = storage.read_study(f"sqlite:///{file}", name)
-            run = {} if study is None else study.user_attrs.get("run", {"dataset": None})
-            if "dataset" not in run:
-                return f"an earlier version began {name!r}"
+            run = study and study.user_attrs.get("run")
+            if run and run.get("format") != run_record.FORMAT:
+                return f"another version began {name!r}"
     except (SearchError, sqlite3.Error) as error:
         moved = isinstance(error, SearchError) and error.exit_code == EXIT_USAGE
         return "" if moved else str(error)

@@ -209,7 +209,7 @@ def begun_from(run: Mapping[str, Any], number: int, attrs: Mapping[str, Any]) ->
         return ""
     is_comparison = run["fixed"]["kind"] == "comparison"
     says = run["pretrained"][number] if is_comparison else attrs.get("pretrained")
-    return "" if says is False else str(weights["label"])  # earlier versions stored nothing
+    return str(weights["label"]) if says else ""
 
 
 def _row(trial: FrozenTrial, run: Mapping[str, Any]) -> Row:

@@ -13,6 +13,10 @@ from search.errors import EXIT_USAGE, SearchError
 from search.settings import Settings
 from search.workers.protocol import Message
 
+# Of what is kept here and in the trials' attributes: to be raised where older runs can no longer be
+# read right. Better refused than half understood.
+FORMAT = 1
+
 # What the workers find out before the first trial.
 _MEASURED = (
     *("num_reports", "images_per_report", "images_per_epoch", "num_images", "precision"),
@@ -24,16 +28,16 @@ def of(study: optuna.Study | None, folder: Path) -> dict[str, Any] | None:
     """The study's attribute `run`; None where none has begun.
 
     Raises:
-        SearchError: for a run of an earlier version.
+        SearchError: for a run of a version that keeps something else.
     """
-    run = None if study is None else study.user_attrs.get("run")
-    if run is not None and "dataset" not in run:
+    run: dict[str, Any] | None = None if study is None else study.user_attrs.get("run")
+    if run is not None and run.get("format") != FORMAT:
         raise SearchError(
-            f"{folder} holds a run that an earlier version began; take another --out",
+            f"{folder} holds a run that another version began (format {run.get('format', 0)}, this "
+            f"one's is {FORMAT}); install that version, or take another --out",
             exit_code=EXIT_USAGE,
         )
-    # An earlier version trained with the weights of each last step, and did not say so.
-    return run and {**run, "fixed": {"average_weights": False} | run["fixed"]}
+    return run
 
 
 def record(
@@ -60,6 +64,7 @@ def record(
         searches: whether trials are still to be run.
     """
     return {
+        "format": FORMAT,
         "described": described,
         "fixed": settings.fixed(),
         "space": ready["space"],
@@ -89,13 +94,12 @@ def told(
         now |= {name: getattr(settings, name) for name in ("trials", "sampler", "pruner")}
         # So many trials run while TPE draws the next.
         now |= {"precision": precision, "workers": workers}
-    return (before or {}).get("told", {}) | now
+    return (before["told"] if before else {}) | now
 
 
-def made_with(before: dict[str, Any] | None) -> list[dict[str, Any] | None]:
+def made_with(before: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Versions, commit and hardware, of each call where they were others than before."""
-    # An earlier version kept none.
-    known = [] if before is None else before.get("made_with", [None])
+    known = before["made_with"] if before else []
     now = provenance.collect()
     return known if known[-1:] == [now] else [*known, now]
 

@@ -37,7 +37,7 @@ class Settings:
     pruner: str
     first_rung: int
     reduction_factor: int
-    average_weights: bool = False  # an earlier version's runs don't say it
+    average_weights: bool = True
     weights: str | None = None  # pretrained: a name, or the absolute path of a file
     cache_size: int = 8_000_000_000  # bytes, of frozen parts' activations; 0 for none
     folder: str = ""  # of the run; absolute

@@ -16,7 +16,7 @@ from optuna.distributions import FloatDistribution as Float
 from optuna.distributions import IntDistribution as Int
 from optuna.trial import TrialState, create_trial
 
-from search import artifacts
+from search import artifacts, run_record
 from search.winners import evaluation
 
 CLASSES = (
@@ -77,6 +77,7 @@ def run_attribute(kind="space", classes=CLASSES):
     }
     is_objective = kind == "objective"
     return {
+        "format": run_record.FORMAT,
         "described": {"name": "made-up", "dataset": "fashion_mnist", "trials": 100},
         "fixed": {"kind": kind, "epochs": 5, "seed": 0, "dataset": "fashion_mnist"},
         "num_reports": 0 if is_objective else NUM_REPORTS,
@@ -175,6 +176,7 @@ def _trial(number, rng, now, extra_params):
         distributions={name: space[name] for name in params},
         intermediate_values=curve,
         user_attrs={
+            "pretrained": True,  # where the run has weights
             "attempts": _attempts(number, reached, kind, now),
             "history": history,
             "parameters": 120_000,

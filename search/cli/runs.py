@@ -54,7 +54,7 @@ def folder_of(entry: Entry, out: Path | None) -> Path:
 
 def opened(study: str, out: Path | None, url: str | None) -> tuple[optuna.Study, Path]:
     """The study of a run, read only, and its folder."""
-    from search import catalogue
+    from search import catalogue, run_record
     from search.storage import storage
 
     entry = catalogue.find(study)
@@ -65,6 +65,7 @@ def opened(study: str, out: Path | None, url: str | None) -> tuple[optuna.Study,
             f"no run of {entry.name!r} in {folder}; start it with: "
             f"fmnist-search {same_run(study, out, url)}"
         )
+    run_record.of(found, folder)  # refuses what it can't read
     return found, folder
 
 
@@ -84,4 +85,4 @@ def stored_options(study: str, out: Path | None, url: str | None) -> dict[str, A
     references = {name: run.get(name) for name in ("dataset", "weights")}
     options |= {name: known["reference"] for name, known in references.items() if known}
     told = ["precision"] + ["final_epochs"] * (run["fixed"]["kind"] != "comparison")
-    return options | {name: run.get("told", {}).get(name) for name in told}
+    return options | {name: run["told"][name] for name in told}

@@ -101,26 +101,24 @@ def again_parts(run: Run) -> list[Html]:
 def command(run: Run) -> str:
     """The command line that does the run again, with what it began with."""
     started = run.started
-    fixed, described = started["fixed"], started.get("described", {})
-    # Runs begun by an earlier version were told nothing that is stored, but for their metrics.
-    metrics = run.metrics or {"study_file": None, "training": {}}
-    told = metrics["training"] | started.get("told", {})
-    words = ["fmnist-search", "--study", started.get("file") or metrics["study_file"] or run.name]
+    fixed, described = started["fixed"], started["described"]
+    told = started["told"]
+    words = ["fmnist-search", "--study", started["file"] or run.name]
     words += ["--epochs", f"{fixed['epochs']:g}", "--seed", str(fixed["seed"])]
     for name in ("dataset", "weights"):
-        known = started.get(name)
+        known = started[name]
         if known and known["reference"] != described.get(name):
             words += [f"--{name}", known["reference"]]
     if not run.is_comparison:
-        words += ["--trials", str(told.get("trials", len(run.finished)))]
-    if told.get("workers"):
+        words += ["--trials", str(told["trials"])]
+    if told["workers"]:
         words += ["--workers", str(told["workers"])]
     for name in ("precision", *(() if run.is_comparison else ("sampler", "pruner"))):
-        if told.get(name):
+        if told[name]:
             words += [f"--{name}", told[name]]
     if run.metrics and not run.is_comparison:
         words += ["--top", str(len(run.winners))]
-        final_epochs = told.get("final_epochs")
+        final_epochs = told["final_epochs"]
         if final_epochs not in (None, described.get("final_epochs")):
             words += ["--final-epochs", f"{final_epochs:g}"]
     if run.metrics:
@@ -131,15 +129,14 @@ def command(run: Run) -> str:
     return shlex.join(words)
 
 
-def origins(run: Run) -> list[tuple[str, Mapping[str, Any] | None]]:
+def origins(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
     """What it was made with, in the order of time, and how each part is called; a part that was
-    made with the same as the one before is left out. None: an earlier version kept nothing."""
-    found = [("Made with", one) for one in run.started.get("made_with", [])]
+    made with the same as the one before is left out."""
+    found = [("Made with", one) for one in run.started["made_with"]]
     found[1:] = [("Gone on with", one) for _, one in found[1:]]
-    if run.metrics and (not found or found[-1][1] != run.metrics["provenance"]):
-        name = "The winners were measured with" if found else "Made with"
-        found.append((name, run.metrics["provenance"]))
-    return found or [("Made with", None)]
+    if run.metrics and found[-1][1] != run.metrics["provenance"]:
+        found.append(("The winners were measured with", run.metrics["provenance"]))
+    return found
 
 
 def _made_with(run: Run) -> list[Html]:
@@ -147,17 +144,14 @@ def _made_with(run: Run) -> list[Html]:
     made: list[Html] = []
     before: dict[str, Any] = {}
     for name, provenance in origins(run):
-        if provenance is None:
-            made += [page.heading(name), page.note("An earlier version, which did not say.")]
-            continue
         short, wide = _described(provenance)
         made.append(page.heading(name, "What differs from above." if before else ""))
         for values, is_wide in ((short, False), (wide, True)):
             if changed := [(n, v) for n, v in values.items() if before.get(n) != v]:
                 made.append(page.pairs(changed, wide=is_wide))
         before |= short | wide
-    told = (run.metrics or {"training": {}})["training"] | run.started.get("told", {})
-    short = {"precision": told.get("precision"), "workers": told.get("workers")}
+    told = run.started["told"]
+    short = {"precision": told["precision"], "workers": told["workers"]}
     short["seed of the study"] = run.started["fixed"]["seed"]
     made.append(
         page.pairs((name, value) for name, value in short.items() if value not in (None, ""))

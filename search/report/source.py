@@ -142,7 +142,7 @@ def read(study: optuna.Study, folder: Path, question: str = "") -> Run:
 
 
 def mark_of(file: Path) -> str | None:
-    """The mark of what a report shows; None where there is none, or an earlier version's."""
+    """The mark of what a report shows; None where there is none, or it bears none."""
     try:
         with file.open(encoding="utf-8", errors="replace") as stream:
             head = stream.read(1000)
@@ -153,6 +153,5 @@ def mark_of(file: Path) -> str | None:
 
 
 def _metrics(folder: Path, name: str) -> Mapping[str, Any] | None:
-    # In a folder of an earlier version several studies may lie.
     metrics = artifacts.read_json(folder / "metrics.json")
     return metrics if metrics and metrics.get("study") == name else None

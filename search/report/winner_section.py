@@ -14,10 +14,7 @@ from search.report.source import Run, Winner
 from search.winners.pictures import MISCLASSIFIED
 
 _MOST_WITH_IMAGES = 12  # winners: each adds 0.2 MB to the page, of large images 1 MB
-_NO_FILE = (
-    "the file is missing or not what was written, or an earlier version measured this winner. "
-    "The run's own command makes a missing one again"
-)
+_NO_FILE = "the file is missing or not what was written. The run's own command makes it again"
 
 
 def parts(run: Run) -> list[Html]:

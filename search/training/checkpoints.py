@@ -80,7 +80,7 @@ class Checkpoints(keras.callbacks.Callback):
         for variable, value in zip(self._variables(), arrays["variables"], strict=True):
             variable.assign(value)
         for callback, state in zip(self._others, self._found["callbacks"], strict=True):
-            for name in state.keys() - set(_NOT_STATE):  # an earlier version kept more
+            for name in state:
                 setattr(callback, name, _with_arrays(state[name], arrays["callbacks"]))
         self._found = None
 

@@ -51,7 +51,7 @@ def save_of_trial(
 
 
 def save_missing(study: optuna.Study) -> None:
-    """Write the notes that a kill has cut off, or that an earlier version did not know."""
+    """Write the notes that a kill has cut off."""
     before = _attrs(study)
     missing = [
         trial

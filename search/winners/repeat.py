@@ -73,9 +73,7 @@ def repeat(
     """
     (trial,) = results.chosen(study, 1, number)
     run = study.user_attrs["run"]
-    precision = run.get("told", {}).get(
-        "precision", run["precision"]
-    )  # of the search; winners may have had another
+    precision = run["told"]["precision"]  # of the search; winners may have had another
     settings = resolve(run["described"], str(file), {**options, "precision": precision})
     settings, _ = verified.with_weights(
         dataclasses.replace(settings, folder=str(folder.absolute()))

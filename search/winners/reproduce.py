@@ -40,7 +40,7 @@ _RULE: dict[str, Any] = {
         "precision": str,
         "images_per_report": int,
         "batch_size": int,
-        "average_weights": (bool, type(None)),  # an earlier version's don't say it
+        "average_weights": bool,
         "study_seed": int,
     },
     "dataset": {"name": str, "reference": str, "sha256": str},
@@ -127,7 +127,7 @@ def _train(
         epochs=how["schedule_epochs"],
         images_per_report=how["images_per_report"],
         batch_size=how["batch_size"],
-        average_weights=bool(how.get("average_weights")),
+        average_weights=how["average_weights"],
         seed=how["study_seed"],
         precision=options.get("precision") or how["precision"],
         max_attempts=options.get("max_attempts") or 3,

@@ -64,8 +64,7 @@ class Job:
         """What the study has stored of it, if it was trained as it would be now."""
         self.record["precision"] = stored["run"]["precision"]
         record = stored.get(self.key, {})
-        kept = {"precision": self.record["precision"]} | record  # earlier versions stored none
-        if record and self.record.items() <= kept.items():
+        if self.record.items() <= record.items():
             self.record = record
 
 
@@ -179,7 +178,7 @@ class Retraining:
             if "diverged" not in job.record
             and not (
                 self._intact(job, "evaluation", "evaluation_sha256")
-                # An earlier version wrote no pictures: nothing is measured again for them.
+                # One seed of a winner has them.
                 and (
                     "pictures" not in job.record or self._intact(job, "pictures", "pictures_sha256")
                 )

@@ -145,7 +145,7 @@ def test_little_disk(tmp_path, monkeypatch, free, state):
 def test_runs_of_other_versions_and_damaged_ones(tmp_path):
     for name in ("now", "earlier", "other", "damaged"):
         (tmp_path / name).mkdir()
-    for name, attr in (("now", {"dataset": None}), ("earlier", {"fixed": {}}), ("other", {})):
+    for name, attr in (("now", {"format": 1}), ("earlier", {"fixed": {}}), ("other", {})):
         study = storage.open_study(f"sqlite:///{tmp_path / name}/study.db", name)
         study.set_user_attr("run", attr)
         study._storage._backend.engine.dispose()
@@ -158,7 +158,7 @@ def test_runs_of_other_versions_and_damaged_ones(tmp_path):
     assert states(findings) == ["problem"] * 3 + ["ok"]
     told = {finding.what.split("study.db")[0].rpartition("/")[0]: finding.what
             for finding in findings[:3]}  # fmt: skip
-    assert "earlier version" in told[str(tmp_path / "earlier")]
+    assert "another version" in told[str(tmp_path / "earlier")]
     assert "Optuna" in told[str(tmp_path / "other")]
     assert "damaged" in told[str(tmp_path / "damaged")] or "not a database" in str(told)
     assert "1 study" in findings[3].what

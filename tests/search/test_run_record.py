@@ -8,7 +8,6 @@ import pytest
 from search import provenance, run_record
 from search.errors import EXIT_USAGE, SearchError
 from search.run_record import refuse_another_space, refuse_differences, refuse_other_points
-from search.settings import FIXED
 from tests import made_up_run
 from tests.search.test_settings import settings
 
@@ -55,19 +54,19 @@ def test_what_may_change_between_two_starts(options):
     refuse_differences(fixed(), fixed(**options), "mine", "runs/mine")
 
 
-def test_a_study_of_an_earlier_version_may_lack_a_field(tmp_path):
-    stored = {name: value for name, value in fixed().items() if name != FIXED[-1]}
-    refuse_differences(stored, fixed(), "mine", "runs/mine")
-
-
-def test_an_earlier_version_did_not_average_weights(tmp_path):
-    """Neither is its run continued with averages, nor refused where there are none."""
-    stored = {name: value for name, value in fixed().items() if name != "average_weights"}
-    study = SimpleNamespace(user_attrs={"run": {"dataset": {}, "fixed": stored}})
-    run = run_record.of(study, tmp_path)
-    with pytest.raises(SearchError, match="average_weights was False and is now True"):
-        refuse_differences(run["fixed"], fixed(), "mine", "runs/mine")
-    refuse_differences(run["fixed"], fixed(average_weights=False), "mine", "runs/mine")
+@pytest.mark.fault("S8")
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [({"dataset": {}}, "format 0"), ({"format": run_record.FORMAT + 1}, "format 2")],
+)
+def test_a_run_that_another_version_keeps_otherwise_is_refused(tmp_path, kept, said):
+    study = SimpleNamespace(user_attrs={"run": kept})
+    with pytest.raises(SearchError, match=f"{said}, this one's is 1.*take another --out") as caught:
+        run_record.of(study, tmp_path)
+    assert caught.value.exit_code == EXIT_USAGE
+    now = {"format": run_record.FORMAT}
+    assert run_record.of(SimpleNamespace(user_attrs={"run": now}), tmp_path) == now
+    assert run_record.of(SimpleNamespace(user_attrs={}), tmp_path) is None  # killed before it
 
 
 @pytest.mark.fault("S8")
@@ -156,8 +155,6 @@ def test_what_a_run_is_made_with_is_kept_of_each_machine_once(monkeypatch):
     assert now["versions"]["optuna"]
     assert now["hardware"]["cores"] >= 1
     assert run_record.made_with(begun | {"made_with": first}) == first
-    of_before = {name: value for name, value in begun.items() if name != "made_with"}
-    assert run_record.made_with(of_before) == [None, now]  # begun by a version that kept none
     assert run_record.made_with(None) == [now]
     other = now | {"commit": "2" * 40}
     monkeypatch.setattr(provenance, "collect", lambda: other)

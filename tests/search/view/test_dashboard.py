@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
     """A run's folder with a study of six trials."""
     folder = tmp_path_factory.mktemp("run")
     study = storage.open_study(f"sqlite:///{folder}/study.db", "quickstart")
-    study.set_user_attr("run", {"num_reports": 3, "fixed": {"kind": "search"}})
+    study.set_user_attr("run", {"format": 1, "num_reports": 3, "fixed": {"kind": "search"}})
     for number in range(6):
         value = 0.5 + number / 20
         study.add_trial(

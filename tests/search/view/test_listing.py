@@ -38,7 +38,7 @@ ATTEMPTS = [
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     study = storage.open_study(f"sqlite:///{folder}/study.db", "quickstart")
-    study.set_user_attr("run", {"num_reports": 3})
+    study.set_user_attr("run", {"format": 1, "num_reports": 3})
     history = {"1": {"accuracy": 0.25, "loss": float("inf")}, "2": {"accuracy": 0.5, "loss": 1.0}}
     for value in (0.75, None):
         study.add_trial(
@@ -403,7 +403,7 @@ def test_of_a_comparison_only_points_that_begin_from_weights_say_so():
 
 @pytest.mark.parametrize(
     ("attrs", "label"),
-    [({"pretrained": True}, "ImageNet"), ({"pretrained": False}, ""), ({}, "ImageNet")],
+    [({"pretrained": True}, "ImageNet"), ({"pretrained": False}, ""), ({}, "")],
 )
 def test_of_a_search_trials_that_begin_from_no_weights_say_so(attrs, label):
     run = {"fixed": {"kind": "space"}, "weights": {"label": "ImageNet"}, "pretrained": []}

@@ -249,17 +249,6 @@ def test_another_precision_is_trained_and_measured_again(study, tmp_path):
     assert pool.given == []
 
 
-def test_what_an_earlier_version_has_trained_is_not_trained_again_for_its_precision(
-    study, tmp_path
-):
-    for job in retrain(study, tmp_path, pool_of(tmp_path), seeds=2).jobs:
-        del job.record["precision"]
-        study.set_user_attr(job.key, job.record)
-    pool = pool_of(tmp_path)
-    assert retrain(study, tmp_path, pool, seeds=2).is_done()
-    assert pool.given == []
-
-
 @pytest.mark.parametrize(("said", "low", "high"), [(4321.5, 4321.5, 4321.5), (None, 0.0, 60.0)])
 def test_the_seconds_of_a_training_are_those_that_its_worker_says(study, tmp_path, said, low, high):
     pool = pool_of(tmp_path)
