@@ -159,8 +159,8 @@ def _ending(trial: FrozenTrial, num_reports: int | None, standing: Standing | No
     line = f"**{state}** after {reports}{of} reports{took}"
     if standing and standing.place > standing.going_on:  # else it ended for another reason
         return (
-            f"{line}: place {standing.place} of {standing.of} at report {reports}, where the best "
-            f"{standing.going_on} went on"
+            f"{line}: place {standing.place} of {standing.of} at report {standing.rung}, where the "
+            f"best {standing.going_on} went on"
         )
     reason = trial.user_attrs.get("reason", "")
     return f"{line}: {_code(reason)}" if reason else line

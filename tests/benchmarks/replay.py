@@ -384,7 +384,7 @@ class _Rungs:
 
     def pauses(self, run: _Run, value: float) -> bool:
         """Whether it stops here for now, at its last report with the best value so far."""
-        if not self._pruner.is_rung(run.step):
+        if self._pruner.rung(run.step) != run.step:
             return False
         self._values.setdefault(run.step, []).append(value)
         if value >= self._least(run.step):
@@ -421,11 +421,39 @@ class Published(SuccessiveHalvingOfReports):
     """The product's, with rungs as Li et al. have them: `reduction_factor` times as many reports
     from one to the next."""
 
-    def is_rung(self, step: int) -> bool:
-        rung = self._first_rung
-        while rung < step:
-            rung *= self._reduction_factor
-        return rung == step
+    def __init__(self, first_rung: int, reduction_factor: int):
+        super().__init__(first_rung, reduction_factor)
+        self.spacing = reduction_factor
+
+
+class Once(SuccessiveHalvingOfReports):
+    """The product's, but a trial is held against others once at each rung, when it comes there."""
+
+    def standing(self, study: optuna.Study, trial: FrozenTrial) -> Standing | None:
+        standing = super().standing(study, trial)
+        return standing if standing and standing.rung == trial.last_step else None
+
+
+class AsFar(Once):
+    """As `Once`, and only against those that have come as far, as Li et al. have it."""
+
+    def standing(self, study: optuna.Study, trial: FrozenTrial) -> Standing | None:
+        standing = super().standing(study, trial)
+        if standing is None:
+            return None
+        others = [
+            _best_by_report(other, standing.rung)
+            for other in study.get_trials(deepcopy=False)
+            if other.number != trial.number and standing.rung in other.intermediate_values
+        ]
+        going_on = max(1, (len(others) + 1) // self._reduction_factor)
+        value = _best_by_report(trial, standing.rung)
+        place = 1 + sum(other > value for other in others)
+        return Standing(place, len(others) + 1, going_on, standing.rung)
+
+
+def _best_by_report(trial: FrozenTrial, report: int) -> float:
+    return max(value for step, value in trial.intermediate_values.items() if step <= report)
 
 
 class HalvingOfSeconds(optuna.pruners.BasePruner):
@@ -560,10 +588,15 @@ def policies(table: Table) -> dict[str, Policy]:
         "default, random": Policy("random", default.pruner),
         "default, qmc": Policy("qmc", default.pruner),
         **{
-            f"default, {made.__name__.lower()}": replace(
+            f"default, {said}": replace(
                 default, pruner=functools.partial(_like, made, first=first, factor=factor)
             )
-            for made in (Lenient, Published)
+            for said, made in (
+                ("lenient", Lenient),
+                ("published rungs", Published),
+                ("once at a rung", Once),
+                ("once, as far", AsFar),
+            )
         },
         "default, known points": replace(default, known=True),
         "default, 2 reports in 1": replace(default, every=2),

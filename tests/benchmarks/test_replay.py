@@ -235,20 +235,28 @@ def test_default_is_the_studys_own(table):
 
 
 def test_a_halving_that_differs_in_one_thing(table):
-    made = {name: policy.pruner(99) for name, policy in replay.policies(table).items()
-            if name in ("default", "default, lenient", "default, published")}  # fmt: skip
-    rungs = {name: [step for step in range(30) if of.is_rung(step)] for name, of in made.items()}
-    assert rungs["default"] == rungs["default, lenient"] == [1, 2, 4, 8, 16]
-    assert rungs["default, published"] == [1, 3, 9, 27]
-    study = optuna.create_study(direction="maximize")
-    for value in (0.9, 0.5):
-        study.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState.RUNNING, intermediate_values={1: value}
+    policies = replay.policies(table)
+    names = ("default", "lenient", "published rungs", "once at a rung", "once, as far")
+    made = [policies[name if name == "default" else f"default, {name}"].pruner(9) for name in names]
+    rungs = [{of.rung(step) for step in range(1, 30)} for of in made]
+    assert rungs == [{1, 2, 4, 8, 16}] * 2 + [{1, 3, 9, 27}] + [{1, 2, 4, 8, 16}] * 2
+
+    def stops(first, own):
+        study = optuna.create_study(direction="maximize")
+        for values in (first, own):
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=optuna.trial.TrialState.RUNNING,
+                    intermediate_values=dict(enumerate(values, 1)),
+                )
             )
-        )
-    stops = {name: of.prune(study, study.trials[1]) for name, of in made.items()}
-    assert stops == {"default": True, "default, lenient": False, "default, published": True}
+        return [of.prune(study, study.trials[1]) for of in made]
+
+    assert stops([0.9], [0.5]) == [True, False, True, True, True]
+    # At report 3 it can be behind at 2, or, as published, at 3.
+    assert stops([0.1, 0.9, 0.9], [0.5, 0.5, 0.5]) == [True, False, True, False, False]
+    # Against one that has not come as far.
+    assert stops([0.9], [0.5, 0.5]) == [True, False, True, True, False]
 
 
 def test_medians_over_searches_that_may_never_end(capsys):

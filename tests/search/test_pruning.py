@@ -1,3 +1,4 @@
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
@@ -11,9 +12,9 @@ def _no_log():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def study_with(*trials, direction="maximize"):
+def study_with(*trials):
     """A real study of trials given as (state, reports by step) or as reports alone."""
-    study = optuna.create_study(direction=direction)
+    study = optuna.create_study(direction="maximize")
     for given in trials:
         state, reports = given if isinstance(given, tuple) else (TrialState.PRUNED, given)
         value = {"value": 0.5} if state == TrialState.COMPLETE else {}
@@ -72,43 +73,103 @@ def test_one_in_factor_goes_on(factor, others, own, is_pruned):
         ((TrialState.PRUNED, {1: 0.9, 2: 0.9}), False),
     ],
 )
-@pytest.mark.parametrize("direction", ["maximize", "minimize"])
-def test_a_complete_trial_beats_those_behind_it_at_the_same_report(direction, other, is_beaten):
-    sign = 1 if direction == "maximize" else -1
-    state, reports = other
-    study = study_with(
-        (state, {step: sign * value for step, value in reports.items()}), direction=direction
-    )
-    study.add_trial(
-        create_trial(state=TrialState.RUNNING, intermediate_values={1: sign * 0.5, 2: sign * 0.2})
-    )
+def test_a_complete_trial_beats_those_behind_it_at_the_same_report(other, is_beaten):
+    study = study_with(other)
+    study.add_trial(create_trial(state=TrialState.RUNNING, intermediate_values={1: 0.5, 2: 0.2}))
     assert pruning.is_beaten(study, study.trials[-1]) is is_beaten
 
 
 @pytest.mark.parametrize(
-    ("others", "own", "is_pruned"),
-    [([0.1, 0.2], 0.05, False), ([0.1, 0.2], 0.15, True), ([0.1, 0.2], 0.1, False)],
+    ("first_rung", "factor", "rungs"),
+    [(1, 3, [1, 2, 4, 8, 16]), (2, 3, [2, 4, 8, 16]), (3, 4, [3, 6, 12]), (5, 2, [5, 10])],
 )
-def test_the_lowest_go_on_when_minimising(others, own, is_pruned):
-    study = study_with(*[{1: value} for value in others], direction="minimize")
-    assert asked(study, {1: own}, SuccessiveHalvingOfReports(1, 3)) is is_pruned
+def test_rungs_double(first_rung, factor, rungs):
+    pruner = SuccessiveHalvingOfReports(first_rung, factor)
+    steps = [pruner.rung(step) for step in range(20)]
+    assert steps[:first_rung] == [None] * first_rung
+    assert sorted(set(steps[first_rung:])) == rungs
+    assert all(steps[rung] == rung for rung in rungs)
+
+
+@pytest.mark.parametrize("last", range(1, 20))
+def test_from_the_first_rung_on_every_report_may_end_it(last):
+    study = study_with(*[dict.fromkeys(range(1, 20), 0.9)] * 3)
+    own = dict.fromkeys(range(1, last + 1), 0.1)
+    assert asked(study, own, SuccessiveHalvingOfReports(3, 3)) is (last >= 3)
 
 
 @pytest.mark.parametrize(
-    ("first_rung", "factor", "rungs"),
-    [(1, 3, {1, 2, 4, 8, 16}), (2, 3, {2, 4, 8, 16}), (3, 4, {3, 6, 12}), (5, 2, {5, 10})],
+    ("other", "own", "is_pruned"),
+    [
+        # It was the first at rung 2, and is held against who came there later.
+        ({1: 0.2, 2: 0.9}, {1: 0.5, 2: 0.6, 3: 0.7}, True),
+        ({1: 0.2, 2: 0.5}, {1: 0.5, 2: 0.6, 3: 0.4}, False),
+        # Only at the last rung that it has come to: who was ahead before it is not now.
+        ({1: 0.9, 2: 0.9, 4: 0.9}, {1: 0.1, 2: 0.1, 4: 0.95}, False),
+        ({1: 0.9, 2: 0.9}, {1: 0.1, 2: 0.1, 4: 0.95}, False),
+        # What the other reached behind the rung is for the next one.
+        ({1: 0.5, 2: 0.5, 3: 0.9}, {1: 0.4, 2: 0.6, 3: 0.6}, False),
+    ],
 )
-def test_only_a_rung_prunes(first_rung, factor, rungs):
-    pruner = SuccessiveHalvingOfReports(first_rung, factor)
-    steps = range(1, 20)
-    rest = dict.fromkeys(steps, 0.9)
-    pruned_at = {
-        last
-        for last in steps
-        if asked(study_with(*[rest] * factor), dict.fromkeys(range(1, last + 1), 0.1), pruner)
-    }
-    assert pruned_at == rungs
-    assert {step for step in range(30) if pruner.is_rung(step) and step in steps} == rungs
+def test_between_two_rungs_it_is_held_against_others_at_the_last_one(other, own, is_pruned):
+    running = (TrialState.RUNNING, other)
+    assert asked(study_with(running), own, SuccessiveHalvingOfReports(1, 3)) is is_pruned
+
+
+@pytest.mark.parametrize("state", [TrialState.RUNNING, TrialState.PRUNED, TrialState.COMPLETE])
+@pytest.mark.parametrize(
+    ("other", "is_pruned"),
+    [
+        ({1: 0.6}, True),  # better already
+        ({1: 0.5}, False),
+        ({1: 0.4}, False),
+        ({}, False),
+    ],
+)
+def test_who_has_not_come_as_far_and_is_better_is_ahead(state, other, is_pruned):
+    study = study_with((state, other))
+    assert asked(study, {1: 0.3, 4: 0.5}, SuccessiveHalvingOfReports(1, 3)) is is_pruned
+
+
+def test_who_has_not_come_as_far_and_is_worse_lets_nobody_else_go_on():
+    """One in two of those that are compared: two of these have come as far."""
+    study = study_with(*[{1: 0.1}] * 8, {1: 0.3, 4: 0.9}, {1: 0.3, 4: 0.8})
+    assert asked(study, {1: 0.3, 4: 0.7}, SuccessiveHalvingOfReports(1, 2)) is True
+
+
+@pytest.mark.parametrize(("step", "is_pruned"), [(5, False), (10, True), (15, True)])
+def test_reports_need_not_come_at_the_rungs(step, is_pruned):
+    """An objective may report every tenth step: what was reached until the rung counts."""
+    study = study_with(dict.fromkeys((5, 10, 15), 0.9))
+    own = dict.fromkeys(range(5, step + 1, 5), 0.1)
+    assert asked(study, own, SuccessiveHalvingOfReports(1, 3)) is is_pruned
+
+
+def test_trials_that_begin_and_end_meanwhile_are_seen():
+    """One pruner for a whole search answers as one that is made for each question."""
+    rng, kept = np.random.default_rng(0), SuccessiveHalvingOfReports(1, 3)
+    study = optuna.create_study(direction="maximize")
+    running, ended = [], [TrialState.FAIL, TrialState.COMPLETE, TrialState.PRUNED]
+    answers = []
+    for _ in range(400):
+        if len(running) < 5:
+            running.append(study.ask())
+        trial = running[rng.integers(len(running))]
+        stored = study.trials[trial.number]
+        trial.report(rng.uniform(0.1, 1), (stored.last_step or 0) + int(rng.integers(1, 3)))
+        asked_of = study.trials[trial.number]
+        answers.append(kept.standing(study, asked_of))
+        assert answers[-1] == SuccessiveHalvingOfReports(1, 3).standing(study, asked_of)
+        if kept.prune(study, asked_of) or rng.uniform() < 0.1:
+            state = ended[rng.integers(3)]
+            study.tell(trial, 0.5 if state == TrialState.COMPLETE else None, state=state)
+            running.remove(trial)
+            again = kept.standing(study, study.trials[trial.number])
+            assert again == SuccessiveHalvingOfReports(1, 3).standing(
+                study, study.trials[trial.number]
+            )
+            assert again == answers[-1]
+    assert {answer.place > answer.going_on for answer in answers} == {True, False}
 
 
 def test_a_trial_without_a_report_goes_on():
@@ -131,11 +192,6 @@ def test_the_best_so_far_counts(others, own, is_pruned):
     assert asked(study_with(*others), own, SuccessiveHalvingOfReports(1, 3)) is is_pruned
 
 
-def test_the_best_so_far_is_the_lowest_when_minimising():
-    study = study_with({1: 0.2, 4: 0.2}, {1: 0.3, 4: 0.3}, direction="minimize")
-    assert asked(study, {1: 0.1, 4: 0.9}, SuccessiveHalvingOfReports(1, 3)) is False
-
-
 @pytest.mark.parametrize(
     ("state", "counts"),
     [
@@ -149,11 +205,6 @@ def test_the_best_so_far_is_the_lowest_when_minimising():
 def test_whose_reports_count(state, counts):
     study = study_with((state, {1: 0.9}), (state, {1: 0.8}))
     assert asked(study, {1: 0.1}, SuccessiveHalvingOfReports(1, 3)) is counts
-
-
-def test_those_that_never_came_to_the_rung_do_not_count():
-    study = study_with({1: 0.9}, {1: 0.9, 2: 0.9}, {1: 0.05, 4: 0.05})
-    assert asked(study, {1: 0.1, 4: 0.1}, SuccessiveHalvingOfReports(1, 3)) is False
 
 
 @pytest.mark.parametrize(("own", "is_pruned"), [(0.1, True), (0.95, False)])
@@ -191,7 +242,7 @@ def test_bad_arguments_are_refused_with_their_values(first_rung, factor):
 
 
 @pytest.mark.parametrize(
-    ("name", "pruned_at"), [("none", []), ("median", [2, 3, 4, 5, 6]), ("asha", [2, 4])]
+    ("name", "pruned_at"), [("none", []), ("median", [2, 3, 4, 5, 6]), ("asha", [2, 3, 4, 5, 6])]
 )
 def test_the_table_of_pruners(name, pruned_at):
     pruner = pruning.pruner(name, first_rung=2, reduction_factor=3)

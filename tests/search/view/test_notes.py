@@ -91,7 +91,7 @@ def test_a_pruned_trials_note_says_where_it_stood_and_how_large_it_was(study):
         images_per_second=5230.0,
         reason="pruned: behind at report 2",
     )
-    notes.save_of_trial(study, trial, Standing(4, 5, 1))
+    notes.save_of_trial(study, trial, Standing(4, 5, 1, rung=2))
     (body,) = bodies(study)
     assert body.startswith(
         "**pruned** after 2 of 9 reports, 31 s: place 4 of 5 at report 2, where the best 1 went on"
@@ -213,9 +213,10 @@ def test_the_standing_is_what_the_pruner_decided_by(study):
     pruner = SuccessiveHalvingOfReports(1, 2)
     add(study, 0.9, reports=(0.8,))
     last = add(study, reports=(0.5,))
-    assert pruner.standing(study, last) == Standing(2, 2, 1)
+    assert pruner.standing(study, last) == Standing(2, 2, 1, rung=1)
     assert pruner.prune(study, last)
-    assert pruner.standing(study, add(study, reports=(0.5, 0.5, 0.5))) is None
+    later = add(study, reports=(0.5, 0.5, 0.5))
+    assert pruner.standing(study, later) == Standing(2, 2, 1, rung=2)
 
 
 def drawn(study):
