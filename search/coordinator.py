@@ -322,7 +322,8 @@ class Coordinator:
     def _note(self, number: int) -> None:
         trial = self._trials()[number]
         standing = None
-        if trial.state == TrialState.PRUNED and hasattr(self._pruner, "standing"):
+        is_behind = trial.user_attrs.get("reason", "").startswith("pruned: behind")
+        if is_behind and hasattr(self._pruner, "standing"):
             standing = self._pruner.standing(self._study, trial)
         notes.save_of_trial(self._study, trial, standing)
 

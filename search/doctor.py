@@ -286,9 +286,8 @@ def _unusable(file: Path) -> str:
             names = [name for (name,) in connection.execute("SELECT study_name FROM studies")]
         for name in names:
             study = storage.read_study(f"sqlite:///{file}", name)
-            run = study and study.user_attrs.get("run")
-            if run and run.get("format") != run_record.FORMAT:
-                return f"another version began {name!r}"
+            if study and not run_record.is_readable(study):
+                return f"another version began {name!r}: only that one goes on with it"
     except (SearchError, sqlite3.Error) as error:
         moved = isinstance(error, SearchError) and error.exit_code == EXIT_USAGE
         return "" if moved else str(error)

@@ -23,20 +23,19 @@ class Standing(NamedTuple):
     rung: int  # the report where they are held against each other
 
 
-_COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)  # of those that have finished
-
-
 class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
     """Asynchronous successive halving (Li et al., 2020) on what is stored.
 
-    Rungs are reports number first_rung * 2**k. At every report a trial is held against others at
-    the last rung that it has come to, by the best value until there: against all that have come as
-    far, and those that have not and are better already. It goes on while it is among the best
+    Rungs are reports number first_rung * 2**k. At every report a trial's best value so far is held
+    against what others had reached at the last rung that it has come to: all that have come as far,
+    and those that have not and were better already. It goes on while it is among the best
     1/reduction_factor (rounded down, but at least one).
 
     So, unlike with decisions at rungs alone and among those that have come there, a trial that is
-    quick but bad has no rung to itself, and one that began when little was known ends once others
-    have overtaken it; of the first few the best so far goes on, as in Optuna's own.
+    quick but bad has no rung to itself, and one that began when little was known ends once it is
+    behind what others were with fewer images. The best of all never ends; of the first few the best
+    so far goes on, as in Optuna's own. Trials that broke a constraint (diverged, out of memory) set
+    no bar: nobody could complete what they had begun.
 
     Args:
         first_rung: reports before the first decision, at least 1.
@@ -44,8 +43,8 @@ class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
     """
 
     # Reports at a rung over those at the one before. Published is `reduction_factor`: with 3, a
-    # good model took 1.1 times as long in replays of recorded curves, since late rungs lie so far
-    # apart, and what falls behind late costs most.
+    # good model took 1.1 times as long in replays of recorded curves, with decisions at rungs alone:
+    # late rungs lie far apart, and what falls behind late costs most.
     spacing = 2
 
     def __init__(self, first_rung: int = 1, reduction_factor: int = 3):
@@ -65,9 +64,9 @@ class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
     def standing(self, study: optuna.Study, trial: FrozenTrial) -> Standing | None:
         """Its place at the last rung that it has come to; None before the first."""
         rung = None if trial.last_step is None else self.rung(trial.last_step)
-        value = None if rung is None else _best_until(trial, rung)
-        if rung is None or value is None:
+        if rung is None:
             return None
+        value = max(trial.intermediate_values.values())
         if self._seen is None or self._seen.study is not study:
             self._seen = _Seen(study)
         of, ahead = self._seen.others(trial, rung, value)
@@ -112,13 +111,13 @@ class _Seen:
             is_better = reached > value
             of += is_better or _has_come_to(other, rung)
             ahead += is_better
-        return of - (trial.state in _COUNTED), ahead  # then it is among them itself
+        return of - _counts(trial), ahead  # once it has ended it is among them itself
 
     def _look(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Take in what has finished meanwhile; those that run."""
         self._open += range(self._num_seen, len(trials))
         self._num_seen = len(trials)
-        for finished in (trials[n] for n in self._open if trials[n].state in _COUNTED):
+        for finished in filter(_counts, (trials[number] for number in self._open)):
             self._finished.append(finished)
             for rung in self._kept:
                 self._keep(finished, rung)
@@ -147,6 +146,12 @@ def pruner(name: str, first_rung: int, reduction_factor: int) -> optuna.pruners.
     if name == "median":
         return optuna.pruners.MedianPruner(n_warmup_steps=first_rung)
     return SuccessiveHalvingOfReports(first_rung, reduction_factor)
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """Whether others are held against a trial that has finished."""
+    is_sound = all(violated <= 0 for violated in trial.constraints.values())
+    return is_sound and trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def _has_come_to(trial: FrozenTrial, step: int) -> bool:

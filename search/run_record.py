@@ -31,13 +31,19 @@ def of(study: optuna.Study | None, folder: Path) -> dict[str, Any] | None:
         SearchError: for a run of a version that keeps something else.
     """
     run: dict[str, Any] | None = None if study is None else study.user_attrs.get("run")
-    if run is not None and run.get("format") != FORMAT:
+    if run is not None and study and not is_readable(study):
         raise SearchError(
             f"{folder} holds a run that another version began (format {run.get('format', 0)}, this "
             f"one's is {FORMAT}); install that version, or take another --out",
             exit_code=EXIT_USAGE,
         )
     return run
+
+
+def is_readable(study: optuna.Study) -> bool:
+    """Whether what is kept of its run, if it has begun, is what this version keeps."""
+    run = study.user_attrs.get("run")
+    return run is None or run.get("format") == FORMAT
 
 
 def record(
@@ -90,7 +96,7 @@ def told(
     """What may change from one call to the next. One that has nothing left to search keeps what
     the search was told: its trials are those of another sampler, pruner and precision."""
     now: dict[str, Any] = {"final_epochs": settings.final_epochs}
-    if settings.kind == "comparison" or searches:
+    if before is None or settings.kind == "comparison" or searches:
         now |= {name: getattr(settings, name) for name in ("trials", "sampler", "pruner")}
         # So many trials run while TPE draws the next.
         now |= {"precision": precision, "workers": workers}

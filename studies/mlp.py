@@ -28,7 +28,7 @@ PUBLISHED_MLP = {
     "schedule": "constant",
 }
 
-# Reports of 25 600 images: 20 in a trial, of which numbers 1, 2, 4, 8 and 16 prune.
+# Reports of 25 600 images: 20 in a trial.
 study = Study(
     name="mlp",
     space=MLP,

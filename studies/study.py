@@ -35,7 +35,7 @@ class Study:
     # relative to the study's own file, or "module:name".
     space: Any = None
     # Instead of a space: a function of an Optuna trial that returns the value to maximise. A trial
-    # that reports a value too far behind ends there, whether or not it asks `should_prune`.
+    # that is too far behind at a report ends there, whether or not it asks `should_prune`.
     # Nothing is retrained afterwards.
     objective: Callable[[Any], float] | None = None
     dataset: str = "fashion_mnist"  # or a path, relative to the study's own file
@@ -50,7 +50,7 @@ class Study:
     sampler: str = "tpe"
     pruner: str = "asha"
     first_rung: int = 1  # reports before a trial can be pruned
-    reduction_factor: int = 3  # one trial in so many passes a rung
+    reduction_factor: int = 3  # one trial in so many goes on
     # Tried first; pruned only where behind like any other and where, besides, a complete trial was
     # ahead at the same report. The space's defaults fill what a point leaves out.
     known_points: tuple[dict[str, Any], ...] = ()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import optuna
+from optuna.trial import FrozenTrial, TrialState
 
 from search.report import course, page, space, timeline
 from search.report.page import Html
@@ -20,7 +21,7 @@ def parts(run: Run) -> list[Html]:
     if not run.trials:
         return [page.note("No trial has been started yet.")]
     study = space.snapshot(run.trials)
-    return [*_warnings(run), *_course(run, study), *_space(run, study)]
+    return [*_warnings(run), *_course(run, study), *_space(run)]
 
 
 def _warnings(run: Run) -> list[Html]:
@@ -105,43 +106,55 @@ def _course(run: Run, study: optuna.Study) -> list[Html]:
     return made
 
 
-def _space(run: Run, study: optuna.Study) -> list[Html]:
-    if len(run.complete) < 2:
-        return [page.note("Fewer than two trials are complete: no params can be compared yet.")]
+def _space(run: Run) -> list[Html]:
+    trials, report = space.compared(run.trials)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if len(complete) < 2:
+        return [page.note("Fewer than two trials have ended: no params can be compared yet.")]
+    study = space.snapshot(trials)
     ranked = _importances(study)
     params = space.chosen_params(study, list(ranked))
     if not params:
-        return [page.note("No hyperparameter differs between the trials that are complete.")]
-    made = []
+        return [page.note("No hyperparameter differs between the trials that can be compared.")]
+    made, value_name, who = [], run.value_name, "trials that were not pruned"
+    if report is not None:
+        value_name = f"best {value_name} until report {report}"
+        who = f"the {len(complete):,} trials that came to report {report}"
+        made.append(
+            page.note(
+                f"Most trials were pruned. So that they can be compared, {who} stand here with "
+                f"their {value_name}."
+            )
+        )
     if ranked:
         made.append(
             _plotted(
                 "Importances",
                 lambda: space.importances_figure(ranked),
                 "How much of the difference between good trials and others goes with each "
-                "hyperparameter (PED-ANOVA), over trials that were not pruned. Of conditional "
-                "ones, over the trials that have them.",
+                f"hyperparameter (PED-ANOVA), over {who}. Of conditional ones, over those "
+                "that have them.",
                 height=60 + 26 * min(12, len(ranked)),
             )
         )
     else:
         made.append(
             page.note(
-                f"Importances need {space.LEAST_COMPLETE} complete trials that differ; there are "
-                f"{len(run.complete)}."
+                f"Importances need {space.LEAST_COMPLETE} trials that differ; there are "
+                f"{len(complete)}."
             )
         )
     drawn = study
-    if len(run.complete) > space.MOST_DRAWN:
-        drawn = space.snapshot(run.trials, space.MOST_DRAWN)
+    if len(complete) > space.MOST_DRAWN:
+        drawn = space.snapshot(trials, space.MOST_DRAWN)
     two = space.pair(drawn, list(ranked))
     if len(two) == 2:
         made.append(
             _plotted(
                 "The two most important together",
-                lambda: space.contour_figure(drawn, two, run.value_name),
-                f"Colour: {run.value_name}, interpolated between the trials (dots) that have both."
-                + _left_out(run),
+                lambda: space.contour_figure(drawn, two, value_name),
+                f"Colour: {value_name}, interpolated between the trials (dots) that have both."
+                + _left_out(len(complete)),
                 height=360,
             )
         )
@@ -150,19 +163,20 @@ def _space(run: Run, study: optuna.Study) -> list[Html]:
         _plotted(
             "Parallel coordinates",
             lambda: space.parallel_figure(drawn, params, run.value_name.rpartition(" ")[2]),
-            f"A line is a trial, the stronger the better. {_chosen(run, params)}" + _left_out(run),
+            f"A line is a trial, the stronger the better. {_chosen(complete, params)}"
+            + _left_out(len(complete)),
             height=380,
             least_width=110 * (len(params) + 1),
         )
     )
     sliced = list(ranked)[: space.MOST_PARAMS] or params
     order = ", the most important first" if ranked else ""
-    caption = f"Each hyperparameter against {run.value_name}{order}."
-    made.append(page.heading("Slices", caption + _left_out(run)))
+    caption = f"Each hyperparameter against {value_name}{order}."
+    made.append(page.heading("Slices", caption + _left_out(len(complete))))
     slices = [
         _plotted(
             html.unescape(name),  # the snapshot's names are escaped
-            lambda name=name: space.slice_figure(drawn, name, run.value_name),
+            lambda name=name: space.slice_figure(drawn, name, value_name),
             height=220,
         )
         for name in sliced
@@ -193,8 +207,8 @@ def _plotted(
     return page.plot(title, figure, caption, height=height, least_width=least_width)
 
 
-def _chosen(run: Run, params: list[str]) -> str:
-    names = {name for trial in run.complete for name in trial.params}
+def _chosen(complete: Sequence[FrozenTrial], params: list[str]) -> str:
+    names = {name for trial in complete for name in trial.params}
     if len(names) <= len(params):
         return "All hyperparameters."
     return (
@@ -214,11 +228,11 @@ def _thinned(run: Run, drawn: list[course.Curve]) -> str:
     )
 
 
-def _left_out(run: Run) -> str:
+def _left_out(num_complete: int) -> str:
     most = space.MOST_DRAWN
-    if len(run.complete) <= most:
+    if num_complete <= most:
         return ""
     return (
-        f" Of {len(run.complete):,} complete trials the best {most * 2 // 3} are drawn, and "
+        f" Of {num_complete:,} trials the best {most * 2 // 3} are drawn, and "
         f"{most - most * 2 // 3} others, chosen at random."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ LEAST_COMPLETE = 8  # for importances: a guess, below which they are noise
 MOST_DRAWN = 250  # complete trials in parallel coordinates, slices and contour
 MOST_PARAMS = 8
 EDGE = 0.02  # of a range, on either side
+_TRAINED = (TrialState.COMPLETE, TrialState.PRUNED)
 _FEWEST_STEPS = 3  # of a range or of numbers to choose from: of two each is an edge
 
 
@@ -90,6 +92,33 @@ def _ends(range_: BaseDistribution, value: Any, low: Any, high: Any) -> tuple[bo
     scale = math.log if range_.log else float
     at = (scale(value) - scale(low)) / (scale(high) - scale(low))
     return at <= EDGE, at >= 1 - EDGE
+
+
+def compared(trials: Sequence[FrozenTrial]) -> tuple[list[FrozenTrial], int | None]:
+    """The trials as they can be compared: complete those that are, with their values.
+
+    Where most were pruned the few complete ones say little of what the others lacked: then all that
+    came to a report are complete in what is returned, with their best value until there. It is the
+    last that half of the trained trials came to.
+
+    Returns:
+        The trials, in their order; the report, or None.
+    """
+    trained = [trial for trial in trials if trial.state in _TRAINED and trial.last_step is not None]
+    num_complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
+    if 2 * num_complete >= len(trained):
+        return list(trials), None
+    steps = sorted((trial.last_step or 0 for trial in trained), reverse=True)
+    report = steps[(len(trained) - 1) // 2]
+    made = []
+    for trial in map(copy.copy, trials):
+        values = [value for step, value in trial.intermediate_values.items() if step <= report]
+        has_come = trial.state in _TRAINED and (trial.last_step or 0) >= report
+        if trial.state in _TRAINED:
+            trial.state = TrialState.COMPLETE if has_come and values else TrialState.PRUNED
+            trial.value = max(values) if has_come and values else None
+        made.append(trial)
+    return made, report
 
 
 def snapshot(trials: Sequence[FrozenTrial], most: int | None = None) -> optuna.Study:

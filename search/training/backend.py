@@ -189,7 +189,8 @@ def release() -> int:
 def _forget_gradients() -> None:
     """Keras sums gradients through a custom gradient, and TensorFlow keeps each of these by name,
     for ever, with the whole graph of the training step. Seen with TensorFlow 2.21: 6 to 16 MB of
-    every model that was trained. They are needed while a graph is made, and no model is left."""
+    every model that was trained. They are needed where a graph is made, and no model is left that
+    could still want one."""
     ops = sys.modules.get("tensorflow.python.framework.ops")
     known = getattr(getattr(ops, "gradient_registry", None), "_registry", {})
     for name in [name for name in known if name.startswith("CustomGradient-")]:

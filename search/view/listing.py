@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from search import results
+from search import results, run_record
 from search.errors import EXIT_DAMAGED, EXIT_STORAGE_LOST, SearchError
 from search.storage import storage
 from search.view import textplot
@@ -324,6 +324,8 @@ def _run_of(folder: Path, name: str) -> str:
         return how.get(error.exit_code, "elsewhere")
     if study is None:
         return ""
+    if not run_record.is_readable(study):
+        return "of another version"
     trials = study.get_trials(deepcopy=False)
     best = results.winners(study, 1)
     finished = sum(trial.state.is_finished() for trial in trials)

@@ -109,7 +109,7 @@ def time_left(
 def _usual(
     finished: Sequence[Finished], running: Sequence[Running]
 ) -> tuple[list[Finished], list[Running]]:
-    """Less the first trials, which had nobody to be pruned by: none like them will come."""
+    """Less the first trials, which had few to be pruned by: none like them will come."""
     first = min((len(finished) + len(running)) // 4, _FIRST)
     ended = [trial for trial in finished if trial.number >= first]
     if len(ended) < _ENOUGH:

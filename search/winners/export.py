@@ -199,8 +199,7 @@ def script(study: optuna.Study, trial: FrozenTrial, file: Path, options: dict[st
     run = study.user_attrs["run"]
     if not run.get("dataset"):
         raise SearchError(
-            f"study {study.study_name!r} has an objective of its own (or was begun by an earlier "
-            "version): there is no model to write",
+            f"study {study.study_name!r} has an objective of its own: there is no model to write",
             exit_code=EXIT_USAGE,
         )
     settings = resolve(run["described"], str(file), options)

@@ -101,7 +101,7 @@ def repeat(
 def _device(trial: FrozenTrial, run: dict[str, Any]) -> Device:
     """One with as many threads as the trial had, since sums in another order differ, and with its
     share of the memory."""
-    workers = run.get("told", {}).get("workers") or 1
+    workers = run["told"]["workers"] or 1
     device = dataclasses.replace(devices.share_out("auto")[0], workers=workers)
     attempts = trial.user_attrs.get("attempts") or [{}]
     used = re.fullmatch(r"(\d+) cpu", attempts[-1].get("device", ""))

@@ -81,6 +81,13 @@ def jobs_of(study: optuna.Study, settings: Settings) -> list[Job]:
             "`fmnist-search show` says why; more --trials or another space may help",
             exit_code=EXIT_NOTHING_USABLE,
         )
+    if len(winners) < settings.top:
+        logger.warning(
+            "--top %d: no more than %d %s complete, the others were pruned on the way",
+            settings.top,
+            len(winners),
+            "trial is" if len(winners) == 1 else "trials are",
+        )
     stored = study.user_attrs
     jobs = []
     for trial in winners:

@@ -25,8 +25,8 @@ from search.workers.slots import OUT_OF_MEMORY, Event, Slot, Task
 
 logger = logging.getLogger("search")
 
-# A worker that grew by this much since its first task is replaced by a fresh one: Keras and
-# TensorFlow keep some memory of every model they traced.
+# A worker that grew by this much since its first task is replaced by a fresh one: the space's code
+# may keep what it likes, and Keras and TensorFlow keep some memory of each new shape.
 MAX_GROWTH = 130 * 2**20  # bytes
 # A worker that does not load the study, or does not become ready, for so long hangs; --silence
 # where that is longer. With data on a slow network disk it takes minutes.

@@ -40,7 +40,7 @@ NUM_FLOATS, NUM_INTS, NUM_CATEGORIES = 12, 8, 8  # about as many as study cnn dr
 NUM_REPORTS = 100  # of a trial that is not pruned: ten seconds
 PERIOD = 0.1  # seconds between two reports
 MADE = 100  # trials, before they are copied
-RUNGS = (1, 4, 16, 64)  # of the pruner below, where made-up trials end
+RUNGS = (1, 4, 16, 64)  # where made-up trials end
 BARS = {"cpu": 1.0, "ask": 0.2}  # cores, seconds at the 95th percentile
 
 
@@ -214,7 +214,7 @@ def _copy(database: Connection, offset: int, count: int) -> None:
 
 
 def _finished(number: int, params: dict[str, Any], space: dict[str, Any]) -> Any:
-    """One in four goes on at each rung, as with study cnn's pruner."""
+    """One in four goes on at each rung."""
     import optuna
 
     rung = next((rung for k, rung in enumerate(RUNGS) if number % 4 ** (k + 1)), NUM_REPORTS)

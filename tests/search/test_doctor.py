@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search import doctor
+from search import doctor, run_record
 from search.data import datasets, weights
 from search.storage import storage
 from tests.command import ROOT
@@ -145,7 +145,11 @@ def test_little_disk(tmp_path, monkeypatch, free, state):
 def test_runs_of_other_versions_and_damaged_ones(tmp_path):
     for name in ("now", "earlier", "other", "damaged"):
         (tmp_path / name).mkdir()
-    for name, attr in (("now", {"format": 1}), ("earlier", {"fixed": {}}), ("other", {})):
+    for name, attr in (
+        ("now", {"format": run_record.FORMAT}),
+        ("earlier", {"fixed": {}}),
+        ("other", {}),
+    ):
         study = storage.open_study(f"sqlite:///{tmp_path / name}/study.db", name)
         study.set_user_attr("run", attr)
         study._storage._backend.engine.dispose()

@@ -4,7 +4,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from search import pruning
-from search.pruning import SuccessiveHalvingOfReports
+from search.pruning import Standing, SuccessiveHalvingOfReports
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +109,8 @@ def test_from_the_first_rung_on_every_report_may_end_it(last):
         ({1: 0.9, 2: 0.9}, {1: 0.1, 2: 0.1, 4: 0.95}, False),
         # What the other reached behind the rung is for the next one.
         ({1: 0.5, 2: 0.5, 3: 0.9}, {1: 0.4, 2: 0.6, 3: 0.6}, False),
+        # Its own counts: the best of all never ends.
+        ({1: 0.5, 2: 0.7}, {1: 0.4, 2: 0.6, 3: 0.8}, False),
     ],
 )
 def test_between_two_rungs_it_is_held_against_others_at_the_last_one(other, own, is_pruned):
@@ -131,6 +133,16 @@ def test_who_has_not_come_as_far_and_is_better_is_ahead(state, other, is_pruned)
     assert asked(study, {1: 0.3, 4: 0.5}, SuccessiveHalvingOfReports(1, 3)) is is_pruned
 
 
+def test_who_broke_a_constraint_sets_no_bar():
+    """One that was good until it diverged would end all after it, and none would be complete."""
+    study = study_with()
+    trial = study.ask()
+    trial.report(0.9, 1)
+    trial.set_constraint("diverged", 1.0)
+    study.tell(trial, state=TrialState.PRUNED)
+    assert asked(study, {1: 0.1, 4: 0.1}, SuccessiveHalvingOfReports(1, 3)) is False
+
+
 def test_who_has_not_come_as_far_and_is_worse_lets_nobody_else_go_on():
     """One in two of those that are compared: two of these have come as far."""
     study = study_with(*[{1: 0.1}] * 8, {1: 0.3, 4: 0.9}, {1: 0.3, 4: 0.8})
@@ -145,8 +157,22 @@ def test_reports_need_not_come_at_the_rungs(step, is_pruned):
     assert asked(study, own, SuccessiveHalvingOfReports(1, 3)) is is_pruned
 
 
+def counted(study, trial):
+    """Its standing where one in three goes on, from the rule alone."""
+    rung = max(rung for rung in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rung <= trial.last_step)
+    value, of, ahead = max(trial.intermediate_values.values()), 0, 0
+    for other in study.trials:
+        reports = [value for step, value in other.intermediate_values.items() if step <= rung]
+        if other.number == trial.number or other.state == TrialState.FAIL or not reports:
+            continue
+        is_better = max(reports) > value
+        of += is_better or other.last_step >= rung
+        ahead += is_better
+    return Standing(ahead + 1, of + 1, max(1, (of + 1) // 3), rung)
+
+
 def test_trials_that_begin_and_end_meanwhile_are_seen():
-    """One pruner for a whole search answers as one that is made for each question."""
+    """What it keeps of finished trials is what anybody finds who counts all of them."""
     rng, kept = np.random.default_rng(0), SuccessiveHalvingOfReports(1, 3)
     study = optuna.create_study(direction="maximize")
     running, ended = [], [TrialState.FAIL, TrialState.COMPLETE, TrialState.PRUNED]
@@ -159,16 +185,12 @@ def test_trials_that_begin_and_end_meanwhile_are_seen():
         trial.report(rng.uniform(0.1, 1), (stored.last_step or 0) + int(rng.integers(1, 3)))
         asked_of = study.trials[trial.number]
         answers.append(kept.standing(study, asked_of))
-        assert answers[-1] == SuccessiveHalvingOfReports(1, 3).standing(study, asked_of)
+        assert answers[-1] == counted(study, asked_of)
         if kept.prune(study, asked_of) or rng.uniform() < 0.1:
             state = ended[rng.integers(3)]
             study.tell(trial, 0.5 if state == TrialState.COMPLETE else None, state=state)
             running.remove(trial)
-            again = kept.standing(study, study.trials[trial.number])
-            assert again == SuccessiveHalvingOfReports(1, 3).standing(
-                study, study.trials[trial.number]
-            )
-            assert again == answers[-1]
+            assert kept.standing(study, study.trials[trial.number]) == answers[-1]
     assert {answer.place > answer.going_on for answer in answers} == {True, False}
 
 

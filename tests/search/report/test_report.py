@@ -340,6 +340,48 @@ def test_importances_need_enough_complete_trials(run):
     assert figure.data[0].y[-1] == next(iter(ranked))
 
 
+def test_where_most_were_pruned_all_that_came_to_a_report_are_compared():
+    def trial(state, *values):
+        reports = dict(enumerate(values, 1))
+        value = {"value": 0.9} if state == TrialState.COMPLETE else {}
+        return create_trial(state=state, intermediate_values=reports, **value)
+
+    pruned, complete = TrialState.PRUNED, TrialState.COMPLETE
+    few = [
+        trial(complete, 0.3, 0.6, 0.5, 0.8),
+        trial(pruned, 0.2),
+        trial(pruned, 0.4, 0.1),
+        trial(TrialState.FAIL, 0.3, 0.3, 0.3),
+        trial(pruned, 0.2, 0.3, 0.7),
+        trial(TrialState.RUNNING, 0.2, 0.3, 0.7),
+    ]
+    made, report = space.compared(few)
+    assert report == 2  # half of the four came there
+    assert [one.value if one.state == complete else None for one in made] == [
+        0.6, None, 0.4, None, 0.3, None
+    ]  # fmt: skip
+    assert few[0].value == 0.9  # still the study's
+    # Half of them complete, or all: by their values.
+    for trials in (few[:2], few[:1], []):
+        assert space.compared(trials) == (trials, None)
+
+
+def test_the_page_says_by_what_pruned_trials_are_compared(tmp_path):
+    study = made_up_run.study_of(40)
+    complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    fewer = optuna.create_study(study_name="made-up", direction="maximize")
+    fewer.set_user_attr("run", study.user_attrs["run"])
+    for trial in study.trials:
+        if trial in complete[3:]:
+            trial.state, trial.value = TrialState.PRUNED, None
+        fewer.add_trial(trial)
+    made, report_ = space.compared(fewer.trials)
+    count = sum(trial.state == TrialState.COMPLETE for trial in made)
+    shown = report.html(source.read(fewer, tmp_path))
+    assert f"the {count} trials that came to report {report_} stand here" in shown
+    assert "Importances need" not in shown
+
+
 def test_conditional_params_do_not_break_the_space_figures(run):
     study = space.snapshot(run.trials)
     ranked = list(space.importances(study))

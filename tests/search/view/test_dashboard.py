@@ -18,6 +18,7 @@ from pathlib import Path
 import optuna
 import pytest
 
+from search import run_record
 from search.errors import SearchError
 from search.report import dashboard_plots, source
 from search.storage import storage
@@ -55,7 +56,9 @@ def folder(tmp_path_factory):
     """A run's folder with a study of six trials."""
     folder = tmp_path_factory.mktemp("run")
     study = storage.open_study(f"sqlite:///{folder}/study.db", "quickstart")
-    study.set_user_attr("run", {"format": 1, "num_reports": 3, "fixed": {"kind": "search"}})
+    study.set_user_attr(
+        "run", {"format": run_record.FORMAT, "num_reports": 3, "fixed": {"kind": "search"}}
+    )
     for number in range(6):
         value = 0.5 + number / 20
         study.add_trial(

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
-from search import results
+from search import results, run_record
 from search.errors import SearchError
 from search.journey import Outcome
 from search.report import report, source
@@ -38,7 +38,7 @@ ATTEMPTS = [
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     study = storage.open_study(f"sqlite:///{folder}/study.db", "quickstart")
-    study.set_user_attr("run", {"format": 1, "num_reports": 3})
+    study.set_user_attr("run", {"format": run_record.FORMAT, "num_reports": 3})
     history = {"1": {"accuracy": 0.25, "loss": float("inf")}, "2": {"accuracy": 0.5, "loss": 1.0}}
     for value in (0.75, None):
         study.add_trial(

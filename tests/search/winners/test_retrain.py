@@ -68,6 +68,14 @@ def retrain(study, folder, pool, speed="fast", save=None, **changed):
     return retraining
 
 
+def test_fewer_winners_than_were_asked_for_is_said(study, caplog):
+    assert len(jobs_of(study, settings(top=3, seeds=1))) == 3
+    assert not caplog.messages
+    assert len(jobs_of(study, settings(top=5, seeds=1))) == 3
+    (said,) = caplog.messages
+    assert said.startswith("--top 5: no more than 3 trials are complete")
+
+
 def worker(folder, pool):
     """Writes what a worker would, and notes the threads that it had."""
 
