@@ -43,7 +43,7 @@ class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
     """
 
     # Reports at a rung over those at the one before. Published is `reduction_factor`: with 3, a
-    # good model took 1.1 times as long in replays of recorded curves, with decisions at rungs alone:
+    # good model took 1.1 times as long in replays of recorded curves that decided at rungs alone:
     # late rungs lie far apart, and what falls behind late costs most.
     spacing = 2
 
