@@ -47,6 +47,7 @@ from search import sampling
 from search.pruning import Standing, SuccessiveHalvingOfReports, is_beaten, pruner
 from studies.study import Study
 
+NUM_TRAINING = 50_000  # images of study cnn's epochs
 CLOSE = 0.003  # of the best, in accuracy
 BEST_SHARE = 0.01
 STUDY = Path(__file__).parents[2] / "studies" / "cnn.py"  # whose settings are `default`
@@ -562,9 +563,12 @@ def defaults() -> dict[str, Any]:
 
 
 def policies(table: Table) -> dict[str, Policy]:
-    """By name; rungs are in reports of the table, also the study's own: its are of 6 400 images."""
+    """By name; rungs are in reports of the table, the study's own first one after the same share
+    of a whole trial."""
     own = defaults()
-    first, factor = own["first_rung"], own["reduction_factor"]
+    images = own["first_rung"] * own["images_per_report"]
+    share = images / (own["epochs"] * NUM_TRAINING)
+    first, factor = max(1, round(share * table.num_reports)), own["reduction_factor"]
 
     def halving(first: int, factor: int, **rest: Any) -> Policy:
         made = functools.partial(_halving, first=first, factor=factor)
