@@ -286,6 +286,7 @@ def test_k9_eight_processes_create_the_same_study_at_once(command):
     invariants.check(command.folder, command.log, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("K10")
 def test_k10_the_whole_foreground_group_is_killed(command, engine):
     arguments = ("--trials", "12", "--workers", "2", *engine)

@@ -63,6 +63,7 @@ def test_n3_a_trial_killed_for_memory_runs_once_more_alone(tmp_path, cgroup):
     invariants.wait_until_no_worker(command.folder, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.fault("N3")
 def test_n3_an_error_of_memory_passes_where_a_trial_is_alone(tmp_path):
     command = Command(tmp_path, DUMMY_FAULT="memory-error")
@@ -154,6 +155,7 @@ def test_t1_a_clock_that_jumps_an_hour(tmp_path, seconds):
 # Whose files
 
 
+@pytest.mark.slow
 def test_a_run_is_private(tmp_path):
     command = Command(tmp_path, DUMMY_SLEEP="0.01")
     assert command.run("--trials", "2", "--workers", "1", "--log", "csv")[0] == 0

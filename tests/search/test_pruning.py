@@ -177,7 +177,7 @@ def test_trials_that_begin_and_end_meanwhile_are_seen():
     study = optuna.create_study(direction="maximize")
     running, ended = [], [TrialState.FAIL, TrialState.COMPLETE, TrialState.PRUNED]
     answers = []
-    for _ in range(400):
+    for _ in range(150):
         if len(running) < 5:
             running.append(study.ask())
         trial = running[rng.integers(len(running))]

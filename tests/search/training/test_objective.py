@@ -455,6 +455,7 @@ def test_a_checkpoint_is_of_one_data_set(tmp_path):
     assert len(identities) == 2
 
 
+@pytest.mark.slow
 def test_a_frozen_part_is_computed_once_and_changes_nothing(tmp_path):
     outcomes = []
     for cache_size in (0, 10**9, 10**9, 10**9):
@@ -484,6 +485,7 @@ def test_a_model_with_a_frozen_part_is_saved_whole(tmp_path):
     assert model.input_shape == (None, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_without_room_for_activations_a_trial_reads_images(tmp_path, caplog):
     """Each trial says so and the log does once."""
     made = tasks(Frozen, folder=tmp_path, cache_size=1_000)
@@ -523,6 +525,7 @@ def assert_same_answers(exact, kept):
     assert np.mean(exact.argmax(1) == kept.argmax(1)) >= 0.999
 
 
+@pytest.mark.slow
 def test_a_saved_model_answers_as_its_stored_activations_say(tmp_path):
     made = tasks(Frozen, folder=tmp_path)
     outcome = made.retrain(lambda **_: None, winner(tmp_path, {}, epochs=3, share=1.0))

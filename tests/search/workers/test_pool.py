@@ -693,6 +693,7 @@ def test_a_worker_has_its_devices_before_keras_is_imported(
     }
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_lost_and_reaped(tmp_path):
     with real_pool(tmp_path, "def build(hp): ...") as pool:
         pool.wait_for_description()
