@@ -116,11 +116,12 @@ def _space(run: Run) -> list[Html]:
     params = space.chosen_params(study, list(ranked))
     if not params:
         return [page.note("No hyperparameter differs between the trials that can be compared.")]
-    made, value_name, who = [], run.value_name, "trials that were not pruned"
+    said, made = [], []
+    value_name, who = run.value_name, "trials that were not pruned"
     if report is not None:
         value_name = f"best {value_name} until report {report}"
         who = f"the {len(complete):,} trials that came to report {report}"
-        made.append(
+        said.append(
             page.note(
                 f"Most trials were pruned. So that they can be compared, {who} stand here with "
                 f"their {value_name}."
@@ -158,7 +159,7 @@ def _space(run: Run) -> list[Html]:
                 height=360,
             )
         )
-    made = [page.columns(made)]
+    made = [*said, page.columns(made)]
     made.append(
         _plotted(
             "Parallel coordinates",
