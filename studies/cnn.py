@@ -14,7 +14,7 @@ Fixed:
     convolution, batch normalisation, activation.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from spaces.cnn import CNN
 from studies.study import Study
@@ -73,6 +73,10 @@ class FashionCNN(CNN):
         "sgd": (1e-2, 0.1),
     }
     momenta: ClassVar[dict[str, tuple[float, float]]] = {"sgd": (0.8, 0.95)}
+    # Clothes fill their images: shifted, the default point had 79 % after 12 800 images, 83 % if
+    # not. Of 59 points drawn and trained on 6 x 20 000 images, the best twelve had batches of 64
+    # nine times, and no shift eight times.
+    defaults: ClassVar[dict[str, Any]] = CNN.defaults | {"shift": 0, "batch_size": 64}
 
 
 study = Study(

@@ -18,7 +18,8 @@ from tests.command import ROOT
 
 ORIENTATION = 0x0112
 
-# Prepares a folder in a process of its own; with a word it stops there in the middle of it.
+# Prepares a folder in a process of its own; given the end of an image's path it stops there, in
+# the middle of it. Images are read by several threads: one path, or two of them would say so.
 PREPARE = """
 import sys, time
 from pathlib import Path
@@ -28,7 +29,7 @@ if sys.argv[2:]:
     decode = image_folder._decode
 
     def decode_slowly(path, shape):
-        if path.name == sys.argv[2]:
+        if path.as_posix().endswith(sys.argv[2]):
             print("half", flush=True)
             time.sleep(60)
         return decode(path, shape)
@@ -451,7 +452,7 @@ def test_the_hash_is_of_content(flowers, tmp_path):
 
 
 def test_a_killed_preparation_is_done_again(flowers, home):
-    with start(flowers, "1.png") as run:
+    with start(flowers, "train/rose/1.png") as run:
         assert run.stdout.readline() == "half\n"
         run.send_signal(signal.SIGKILL)
     assert [name[:7] for name in names(home)] == [".fetch-"]
