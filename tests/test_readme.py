@@ -36,7 +36,7 @@ def test_every_command_and_option_exists():
         "--no-deps",
         *("--nodes", "--ntasks-per-node", "--gpus-per-task", "--cpus-per-task", "--time"),  # Slurm
         "--min-nodes",  # ray symmetric-run
-        *("--all", "--minutes"),  # python -m tests.faults, tests.benchmarks.kills
+        *("--all", "--minutes", "--table"),  # python -m tests.faults, tests.benchmarks.*
     }:
         assert any(option in text for text in helps.values()), option
 

@@ -20,12 +20,14 @@ from search.errors import EXIT_USAGE, SearchError
     type=click.IntRange(1, 1_000_000),
     help="Finished trials in all, not more of them.  [default: the study's]",
 )
-@click.option("--epochs", type=options.Epochs(), help="Of a trial that is not pruned.")
+@click.option(
+    "--epochs", type=options.Epochs(), help="Of a trial that is not pruned.  [default: the study's]"
+)
 @click.option(
     "--dataset",
     metavar="NAME|FILE.npz|DIR",
     help="fashion_mnist, mnist, cifar10 or digits; a file of x_train, y_train, x_test, y_test; "
-    "a folder of train/CLASS/*.png and test/CLASS/*.png.",
+    "a folder of train/CLASS/*.png and test/CLASS/*.png.  [default: the study's]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the study.  [default: 0]")
 @options.out
@@ -33,8 +35,18 @@ from search.errors import EXIT_USAGE, SearchError
 @click.option(
     "--trial-timeout", type=options.Duration(), help="Of one attempt at a trial, such as 20m."
 )
-@click.option("--sampler", type=click.Choice(["tpe", "random", "qmc"]))
-@click.option("--pruner", type=click.Choice(["asha", "median", "none"]))
+@click.option(
+    "--sampler",
+    type=click.Choice(["tpe", "random", "qmc"]),
+    help="Which point next: learnt from the others (TPE), at random, or spread evenly (a "
+    "quasi-random sequence).  [default: the study's]",
+)
+@click.option(
+    "--pruner",
+    type=click.Choice(["asha", "median", "none"]),
+    help="Which trials end early: those not among the best share at a report (successive halving), "
+    "those worse than the median, or none.  [default: the study's]",
+)
 @options.storage
 @click.option("--no-retrain", is_flag=True, help="Search only.")
 @options.running

@@ -6,11 +6,11 @@ Each figure is computed by one function, as plain values, and drawn by another.
 from __future__ import annotations
 
 import bisect
+import math
 import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import optuna
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
@@ -52,12 +52,13 @@ class Clock:
 
 
 class Reached(NamedTuple):
-    """The best so far, when a trial completed."""
+    """What a trial came to, and the best of the complete ones until then."""
 
     number: int
-    hours: float
-    value: float
-    best: float
+    hours: float  # of searching; nan where no times are stored
+    value: float  # of one that was pruned: its best report
+    best: float | None  # None before the first is complete
+    is_complete: bool
 
 
 class Curve(NamedTuple):
@@ -73,20 +74,31 @@ def unit_of(hours: float) -> tuple[str, int]:
     return ("hours", 1) if hours >= 1 else ("minutes", 60)
 
 
-def best_so_far(trials: Sequence[FrozenTrial]) -> list[Reached]:
-    """Complete trials in the order in which they ended; those without a time are left out."""
+def reached_by_time(trials: Sequence[FrozenTrial]) -> list[Reached]:
+    """Complete and pruned trials as they ended; those without a time are left out."""
     clock = Clock(trials)
-    ended = sorted(
-        (end_of(attempts[-1]), trial.number, trial.value)
-        for trial in trials
-        if trial.state == TrialState.COMPLETE
-        and trial.value is not None
-        and (attempts := attempts_of(trial))
-    )
+    ended = [(end_of(attempts[-1]), t) for t in trials if (attempts := attempts_of(t))]
+    ended.sort(key=lambda pair: (pair[0], pair[1].number))
+    return _reached((clock.hours(time), trial) for time, trial in ended)
+
+
+def reached_by_trial(trials: Sequence[FrozenTrial]) -> list[Reached]:
+    """Complete and pruned trials by their numbers."""
+    return _reached((math.nan, trial) for trial in sorted(trials, key=lambda t: t.number))
+
+
+def _reached(trials: Iterable[tuple[float, FrozenTrial]]) -> list[Reached]:
     reached: list[Reached] = []
-    for time, number, value in ended:
-        best = max(value, reached[-1].best) if reached else value
-        reached.append(Reached(number, clock.hours(time), value, best))
+    best: float | None = None
+    for hours, trial in trials:
+        is_complete = trial.state == TrialState.COMPLETE
+        reports = filter(math.isfinite, trial.intermediate_values.values())
+        value = trial.value if is_complete else max(reports, default=None)
+        if value is None or not (is_complete or trial.state == TrialState.PRUNED):
+            continue
+        if is_complete:
+            best = value if best is None else max(value, best)
+        reached.append(Reached(trial.number, hours, value, best, is_complete))
     return reached
 
 
@@ -100,49 +112,47 @@ def hours_figure(reached: Sequence[Reached], searched: float, value_name: str) -
     """The best so far by time, to the hour at which the search ended."""
     unit, factor = unit_of(searched)
     times = [round(factor * one.hours, 4) for one in reached]
-    values = [one.value for one in reached]
-    figure = go.Figure(
-        [
-            go.Scatter(
-                x=times,
-                y=values,
-                mode="markers",
-                marker={"color": theme.GREY, "size": 6, "opacity": 0.75},
-                text=[f"trial {one.number}" for one in reached],
-                hovertemplate="%{text}: %{y:.4f} after %{x:.2f} " + f"{unit}<extra></extra>",
-            ),
-            go.Scatter(
-                x=[*times, round(factor * searched, 4)] if times else [],
-                y=[one.best for one in [*reached, *reached[-1:]]],
-                mode="lines",
-                line={"color": theme.ACCENT, "width": 2.5, "shape": "hv"},
-                hoverinfo="skip",
-            ),
-        ]
-    )
-    figure.update_yaxes(range=theme.focus(values))
+    figure = _best_so_far(reached, times, round(factor * searched, 4))
     return theme.styled(figure, x=f"{unit} of searching", y=value_name)
 
 
-def history_figure(study: optuna.Study, run: Run) -> go.Figure:
-    """Optuna's history, in the page's colours.
+def history_figure(reached: Sequence[Reached], value_name: str) -> go.Figure:
+    """The best so far by trials."""
+    numbers = [one.number for one in reached]
+    figure = _best_so_far(reached, numbers, max(numbers))
+    return theme.styled(figure, x="trial", y=value_name)
 
-    Args:
-        study: a snapshot of the run's (search/report/space.py).
-    """
-    figure = optuna.visualization.plot_optimization_history(study, target_name=run.value_name)
-    figure.update_traces(
-        selector={"mode": "markers"},
-        marker={"color": theme.GREY, "size": 6, "opacity": 0.75},
-        hovertemplate="trial %{x}: %{y:.4f}<extra></extra>",
-    )
-    figure.update_traces(
-        selector={"mode": "lines"},
+
+def _best_so_far(reached: Sequence[Reached], x: Sequence[float], end: float) -> go.Figure:
+    """Pruned trials hollow, complete ones full, and the line of the best of these, to the end."""
+    figure = go.Figure()
+    for is_complete, symbol in ((False, "circle-open"), (True, "circle")):
+        shown = [(at, one) for at, one in zip(x, reached, strict=True)
+                 if one.is_complete == is_complete]  # fmt: skip
+        how = "" if is_complete else ", pruned"
+        figure.add_scatter(
+            x=[at for at, _ in shown],
+            y=[one.value for _, one in shown],
+            mode="markers",
+            marker={"color": theme.GREY, "size": 6, "opacity": 0.75, "symbol": symbol},
+            text=[f"trial {one.number}{how}" for _, one in shown],
+            hovertemplate="%{text}: %{y:.4f}<extra></extra>",
+        )
+    line = [(at, one.best) for at, one in zip(x, reached, strict=True) if one.best is not None]
+    line += [(end, best) for _, best in line[-1:]]
+    figure.add_scatter(
+        x=[at for at, _ in line],
+        y=[best for _, best in line],
+        mode="lines",
         line={"color": theme.ACCENT, "width": 2.5, "shape": "hv"},
         hoverinfo="skip",
     )
-    figure.update_yaxes(range=theme.focus([trial.value or 0.0 for trial in run.complete]))
-    return theme.styled(figure, x="trial", y=run.value_name)
+    # Most pruned trials ended far below: near the line there is what to look at.
+    bests = [best for _, best in line]
+    low = bests[0] - 2 * (bests[-1] - bests[0])
+    near = [one.value for one in reached if one.value >= low or bests[0] == bests[-1]]
+    figure.update_yaxes(range=theme.focus(near) or theme.around(near))
+    return figure
 
 
 def curves(run: Run) -> list[Curve]:

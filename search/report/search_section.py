@@ -20,8 +20,7 @@ logger = logging.getLogger("search")
 def parts(run: Run) -> list[Html]:
     if not run.trials:
         return [page.note("No trial has been started yet.")]
-    study = space.snapshot(run.trials)
-    return [*_warnings(run), *_course(run, study), *_space(run)]
+    return [*_warnings(run), *_course(run), *_space(run)]
 
 
 def _warnings(run: Run) -> list[Html]:
@@ -56,25 +55,26 @@ def _warnings(run: Run) -> list[Html]:
     return made
 
 
-def _course(run: Run, study: optuna.Study) -> list[Html]:
-    reached = course.best_so_far(run.trials)
+def _course(run: Run) -> list[Html]:
     figures = []
     if run.complete:
         figures.append(
             _plotted(
                 "Best so far, by trials",
-                lambda: course.history_figure(study, run),
-                "Line: the best value so far. Dots: trials that were not pruned. A few far lower "
-                "ones may lie below the axis: double-click shows all.",
+                lambda: course.history_figure(course.reached_by_trial(run.trials), run.value_name),
+                "Line: the best complete trial so far. Dots: complete trials; circles: the best "
+                "reports of pruned ones. Those far below the line are not shown: double-click "
+                "shows all.",
                 height=300,
             )
         )
-    if reached:
+    timed = course.reached_by_time(run.trials)
+    if any(one.is_complete for one in timed):
         figures.append(
             _plotted(
                 "Best so far, by time",
                 lambda: course.hours_figure(
-                    reached, course.hours_searched(run.trials), run.value_name
+                    timed, course.hours_searched(run.trials), run.value_name
                 ),
                 "The same against the time in which trials ran; pauses are cut out.",
                 height=300,

@@ -111,3 +111,10 @@ def focus(values: Sequence[float]) -> list[float] | None:
         return None
     margin = 0.08 * (high - low)
     return [round(low - 3 * margin, 6), round(high + margin, 6)]
+
+
+def around(values: Sequence[float]) -> list[float]:
+    """A range for an axis that shows all of them; a single one would have 1 to either side."""
+    low, high = min(values), max(values)
+    margin = 0.08 * (high - low) or 0.01 * abs(high) or 1.0
+    return [round(low - margin, 6), round(high + margin, 6)]

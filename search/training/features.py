@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from search.training import quick_conv2d
+from search.training import quick_layers
 from search.training.complexity import flops
 from search.training.model_graph import arguments, calls, tensors
 
@@ -226,7 +226,7 @@ def _again(
     On CPUs, some convolutions are computed in another way.
     """
     values = {id(tensor): value}
-    quick = functools.cache(quick_conv2d.quick)  # a layer may be called twice
+    quick = functools.cache(quick_layers.quick)  # a layer may be called twice
 
     def current(given: Any) -> Any:
         return values.get(id(given), given)

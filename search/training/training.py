@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from search.training import averaging, backend
+from search.training import averaging, backend, quick_layers
 from search.training.checkpoints import Checkpoints
 from search.workers.protocol import RemoteTrial
 
@@ -108,7 +108,10 @@ def train(
     begin = min(done, plan.num_reports - 1)
     order = plan.order()[begin * plan.steps_per_report * plan.batch_size :]
     inputs, labels = train_data[0], as_loss_wants(model, train_data[1])
-    with backend.feeding(model, inputs, labels, order, plan.batch_size) as batches:
+    with (
+        backend.feeding(model, inputs, labels, order, plan.batch_size) as batches,
+        quick_layers.fused_batch_norm(),
+    ):
         history = model.fit(
             batches,
             initial_epoch=done,

@@ -22,7 +22,7 @@ os.environ |= Device(threads=2).environment()
 import keras
 import numpy as np
 
-from search.training import backend, features, quick_conv2d
+from search.training import backend, features, quick_layers
 from search.training.feature_store import FeatureStore
 
 BATCH = 128
@@ -82,7 +82,7 @@ def order(num_images, num_epochs):
 
 def measure(unfrozen, num_images, repeats, few_positions):
     """Medians (clock, CPU) of an epoch on images and on activations, and of computing them."""
-    quick_conv2d._FEW_POSITIONS = few_positions
+    quick_layers._FEW_POSITIONS = few_positions
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (num_images, 32, 32, 3)).astype(np.uint8)
     y = np.arange(num_images) % 10

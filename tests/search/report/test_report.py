@@ -181,7 +181,7 @@ def test_best_so_far_is_in_the_order_of_ends_and_skips_pauses():
     ]
     for number, trial in enumerate(trials):
         trial.number = number
-    reached = course.best_so_far(trials)
+    reached = course.reached_by_time(trials)
     assert [(r.number, r.hours, r.value, r.best) for r in reached] == [
         (0, 1.0, 0.5, 0.5), (2, 2.0, 0.7, 0.7), (1, 3.0, 0.9, 0.9)
     ]  # fmt: skip
@@ -192,10 +192,49 @@ def test_best_so_far_is_in_the_order_of_ends_and_skips_pauses():
     assert list(dots.x) == [1.0, 2.0, 3.0]
 
 
+def ended_at(*values, complete=()):
+    """Trials, all pruned but some: what they reported, one hour after the other."""
+    trials = []
+    for number, value in enumerate(values):
+        state = TrialState.COMPLETE if number in complete else TrialState.PRUNED
+        trial = trial_of(state, value, attempts=[attempt(3600 * number, 3600 * (number + 1))])
+        trial.number = number
+        trial.intermediate_values = {1: value, 2: value - 0.1}
+        trials.append(trial)
+    return trials
+
+
+def test_pruned_trials_are_shown_by_their_best_report_but_are_never_the_best():
+    reached = course.reached_by_time(ended_at(0.95, 0.8, 0.7, 0.9, complete=(1, 3)))
+    assert [(r.value, r.best) for r in reached] == [
+        (0.95, None), (0.8, 0.8), (0.7, 0.8), (0.9, 0.9)
+    ]  # fmt: skip
+    circles, dots, line = course.hours_figure(reached, 4.0, "value").data
+    assert (list(circles.y), list(dots.y)) == ([0.95, 0.7], [0.8, 0.9])
+    assert list(line.x) == [2.0, 3.0, 4.0, 4.0]
+    assert (circles.text, dots.text) == (
+        ("trial 0, pruned", "trial 2, pruned"), ("trial 1", "trial 3")
+    )  # fmt: skip
+
+
+def test_the_axis_shows_what_lies_near_the_line():
+    def shown(*values, complete):
+        reached = course.reached_by_trial(ended_at(*values, complete=complete))
+        return course.history_figure(reached, "value").layout.yaxis.range
+
+    low, high = shown(0.1, 0.9, 0.89, 0.92, complete=(1, 3))
+    assert 0.85 < low < 0.89
+    assert 0.92 < high < 0.93
+    low, high = shown(0.1, 0.9, complete=(1,))  # a line that is flat says not what is near
+    assert 0 < low < 0.1
+    assert 0.9 < high < 1
+    low, high = shown(0.9, complete=(0,))  # plotly would show -0.1 to 1.9
+    assert 0.88 < low < 0.9 < high < 0.92
+
+
 def test_history_by_trials_is_the_running_maximum(run):
-    line = next(
-        t for t in course.history_figure(space.snapshot(run.trials), run).data if t.mode == "lines"
-    )
+    reached = course.reached_by_trial(run.trials)
+    line = next(t for t in course.history_figure(reached, "value").data if t.mode == "lines")
     best, expected = -1.0, []
     for trial in run.trials:
         if trial.state == TrialState.COMPLETE:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import layers
 
-from search.training import backend, features, quick_conv2d
+from search.training import backend, features, quick_layers
 from search.training.backend import Rows
 
 SIZE = 8  # of the images
@@ -379,18 +379,6 @@ def test_mixed_precision():
     assert any((a != b).any() for a, b in zip(before, model.get_weights(), strict=True))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (5, 3)])
-@pytest.mark.parametrize("positions", [(1, 1), (2, 2), (3, 5), (4, 4), (5, 5)])
-def test_a_quick_convolution_is_a_convolution(positions, kernel, bias):
-    layer = layers.Conv2D(
-        3, kernel, padding="same", activation="tanh", use_bias=bias, bias_initializer="normal"
-    )
-    x = np.random.default_rng(0).standard_normal((2, *positions, 5)).astype(np.float32)
-    expected = layer(x)
-    assert_near(quick_conv2d.QuickConv2D(layer)(x), expected)
-
-
 def test_only_convolutions_that_are_understood_become_quick():
     class Own(layers.Conv2D):
         pass
@@ -404,7 +392,7 @@ def test_only_convolutions_that_are_understood_become_quick():
         layers.Conv2D(4, 1, dtype="bfloat16", padding="same"),
         layers.Conv2D(4, 1, padding="same", name="plain"),
     )
-    quick = [x.name for x in cut(model).rest.layers if isinstance(x, quick_conv2d.QuickConv2D)]
+    quick = [x.name for x in cut(model).rest.layers if isinstance(x, quick_layers.QuickConv2D)]
     assert quick == ["plain"]
 
 
