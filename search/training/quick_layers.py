@@ -1,6 +1,5 @@
 """Two of Keras's layers, computed faster on CPUs: convolutions on a few positions, which are what
-remains of deep networks for small images once their frozen part is cut off, and batch normalisation
-in training."""
+remains of deep networks for small images once their frozen part is cut off, and normalisation."""
 
 from __future__ import annotations
 
@@ -70,12 +69,12 @@ class QuickConv2D(keras.layers.Layer):
 
 @contextmanager
 def fused_batch_norm() -> Iterator[None]:
-    """Have trainings that begin in here normalise batches of images in one operation each way.
+    """Have what is traced in here normalise batches of images in one operation each way.
 
-    On TensorFlow, Keras (3.15) composes it of ten, each of which reads and writes all maps; in a
-    worker of study cnn's default point they took an eighth of a training step. TensorFlow's own,
-    which oneDNN also joins with the ReLU behind it, gives the same to rounding. In the class, not
-    in a layer of ours: models stay plain Keras, and anybody's use it.
+    On TensorFlow, Keras (3.15) composes it of ten, each of which reads and writes all maps: an
+    eighth of a training step of study cnn's default point. TensorFlow's own, which oneDNN joins
+    with the ReLU behind it, gives the same to rounding. In Keras's class, not in a layer of ours:
+    models stay plain Keras, and anybody's have it.
     """
     if keras.backend.backend() != "tensorflow" or backend.visible_gpus():
         yield
@@ -84,8 +83,8 @@ def fused_batch_norm() -> Iterator[None]:
     plain = layer.call
 
     def call(self: Any, inputs: Any, training: Any = None, mask: Any = None) -> Any:
-        if training and self.trainable and mask is None and _can_be_fused(self, inputs):
-            return _fused(self, inputs)
+        if mask is None and _can_be_fused(self, inputs):
+            return _fused(self, inputs, is_training=bool(training and self.trainable))
         return plain(self, inputs, training=training, mask=mask)
 
     layer.call = call
@@ -104,22 +103,27 @@ def _can_be_fused(layer: Any, inputs: Any) -> bool:
     )
 
 
-def _fused(layer: Any, inputs: Any) -> Any:
-    """What Keras's `call` does in training."""
+def _fused(layer: Any, inputs: Any, *, is_training: bool) -> Any:
+    """What Keras's `call` does."""
     import tensorflow as tf
 
     x = tf.cast(inputs, "float32")
     channels = x.shape[-1:]
+    moving = [tf.cast(each, x.dtype) for each in (layer.moving_mean, layer.moving_variance)]
+    known = [tf.zeros([0])] * 2 if is_training else moving
     y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=x,
         scale=tf.cast(layer.gamma, x.dtype) if layer.scale else tf.ones(channels),
         offset=tf.cast(layer.beta, x.dtype) if layer.center else tf.zeros(channels),
-        mean=tf.zeros([0]),  # of those before: not asked for
-        variance=tf.zeros([0]),
+        mean=known[0],
+        variance=known[1],
         epsilon=layer.epsilon,
+        is_training=is_training,
     )
+    if not is_training:
+        return tf.cast(y, layer.compute_dtype)
     number = tf.cast(tf.reduce_prod(tf.shape(x)[:-1]), x.dtype)
     variance *= (number - 1) / number  # Keras keeps the batch's own, not what it says of others
-    for kept, new in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
-        kept.assign(tf.cast(kept, x.dtype) * layer.momentum + new * (1 - layer.momentum))
+    layer.moving_mean.assign(moving[0] * layer.momentum + mean * (1 - layer.momentum))
+    layer.moving_variance.assign(moving[1] * layer.momentum + variance * (1 - layer.momentum))
     return tf.cast(y, layer.compute_dtype)

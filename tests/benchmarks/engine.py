@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ class Contender:
     one_process: bool = False
     precision: str = "auto"
     jit_compile: bool | str = "auto"
+    plain_norm: bool = False  # Keras's own batch normalisation
     environment: Mapping[str, str] = field(default_factory=dict)  # on top of the device's
 
 
@@ -64,6 +65,7 @@ CONTENDERS = {
     "product-float32": Contender(precision="float32"),
     "product-bfloat16": Contender(precision="bfloat16"),
     "product-jit": Contender(jit_compile=True),
+    "product-plain-norm": Contender(plain_norm=True),
     "product-no-onednn": Contender(environment={"TF_ENABLE_ONEDNN_OPTS": "0"}),
 }
 
@@ -232,9 +234,11 @@ def work(name: str, model_name: str) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     import keras
 
-    from search.training import backend, training
+    from search.training import backend, quick_layers, training
 
     contender = CONTENDERS[name]
+    if contender.plain_norm:
+        quick_layers.fused_batch_norm = nullcontext
     backend.use_precision(contender.precision)
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import keras
 import numpy as np
 import pytest
@@ -26,14 +28,14 @@ def test_a_quick_convolution_is_a_convolution(positions, kernel, bias):
     np.testing.assert_allclose(quick_layers.QuickConv2D(layer)(x), expected, rtol=0, atol=1e-5)
 
 
-def step(layer, x):
-    """What a training step computes: outputs, gradients, and the statistics that are kept."""
+def step(layer, x, is_training):
+    """What a step computes: outputs, gradients, and the statistics that are kept."""
     import tensorflow as tf
 
     def run():
         with tf.GradientTape() as tape:
             tape.watch(x)
-            y = layer(x, training=True)
+            y = layer(x, training=is_training)
             loss = tf.reduce_sum(tf.reshape(y, [-1]) * tf.sin(tf.range(tf.size(y), dtype=y.dtype)))
         return [y, *tape.gradient(loss, [x, *layer.trainable_variables])]
 
@@ -41,9 +43,10 @@ def step(layer, x):
 
 
 @ON_TENSORFLOW
+@pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("shape", [(7, 5, 3, 8), (2, 1, 1, 4), (1, 1, 1, 3)])
 @pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}, {"momentum": 0.5}])
-def test_a_fused_normalisation_is_keras_s_own(shape, options):
+def test_a_fused_normalisation_is_keras_s_own(shape, options, is_training):
     import tensorflow as tf
 
     x = tf.constant(np.random.default_rng(0).normal(3, 2, shape), tf.float32)
@@ -54,11 +57,10 @@ def test_a_fused_normalisation_is_keras_s_own(shape, options):
             beta_initializer="normal", gamma_initializer="normal", epsilon=0.01, **options
         )
         layer.build(shape)
-        if not fused:
-            found.append(step(layer, x))
-            continue
-        with quick_layers.fused_batch_norm():
-            found.append(step(layer, x))
+        layer.moving_mean.assign(np.arange(shape[-1]))
+        layer.moving_variance.assign(np.arange(shape[-1]) + 0.5)
+        with quick_layers.fused_batch_norm() if fused else nullcontext():
+            found.append(step(layer, x, is_training))
     assert len(found[0]) == len(found[1])
     for own, quick in zip(*found, strict=True):
         np.testing.assert_allclose(quick, own, rtol=1e-4, atol=1e-5)
@@ -74,20 +76,27 @@ def operations(layer, x, **options):
 
 
 @ON_TENSORFLOW
-def test_only_trainings_of_maps_are_fused():
+def test_only_maps_are_normalised_in_one_operation():
     x = np.zeros((4, 3, 3, 2), np.float32)
     with quick_layers.fused_batch_norm():
         assert "FusedBatchNormV3" in operations(layers.BatchNormalization(), x, training=True)
-        for layer, of, is_training in (
-            (layers.BatchNormalization(), x, False),
-            (layers.BatchNormalization(trainable=False), x, True),
-            (layers.BatchNormalization(axis=1), x, True),
-            (layers.BatchNormalization(), x[:, 0], True),
-            (layers.BatchNormalization(), x[:, 0, 0], True),
-            (layers.BatchNormalization(dtype="float64"), x.astype(np.float64), True),
+        for layer, of in (
+            (layers.BatchNormalization(axis=1), x),
+            (layers.BatchNormalization(), x[:, 0]),
+            (layers.BatchNormalization(), x[:, 0, 0]),
+            (layers.BatchNormalization(dtype="float64"), x.astype(np.float64)),
         ):
-            assert "FusedBatchNormV3" not in operations(layer, of, training=is_training)
+            assert "FusedBatchNormV3" not in operations(layer, of, training=True)
     assert "FusedBatchNormV3" not in operations(layers.BatchNormalization(), x, training=True)
+
+
+@ON_TENSORFLOW
+def test_a_frozen_normalisation_keeps_its_statistics():
+    layer = layers.BatchNormalization(trainable=False)
+    with quick_layers.fused_batch_norm():
+        y = layer(np.full((4, 3, 3, 2), 7, np.float32), training=True)
+    np.testing.assert_allclose(y, 7, rtol=1e-3)  # mean 0, variance 1, as they begin
+    np.testing.assert_array_equal(layer.moving_mean, 0)
 
 
 class Sees(layers.Layer):
