@@ -502,6 +502,7 @@ def test_any_graph_is_built_again(build):
     assert_same(model, loaded(code))
 
 
+@pytest.mark.slow
 def test_the_largest_of_keras_tuner_s_networks_is_built_again():
     model, code = model_and_code(functools.partial(hyper, "HyperXception", 71))
     assert_same(model, loaded(code))
