@@ -71,8 +71,8 @@ class QuickConv2D(keras.layers.Layer):
 def fused_batch_norm() -> Iterator[None]:
     """Have what is traced in here normalise batches of images in one operation each way.
 
-    On TensorFlow, Keras (3.15) composes it of ten, each of which reads and writes all maps: an
-    eighth of a training step of study cnn's default point. TensorFlow's own, which oneDNN joins
+    On TensorFlow, Keras (3.15) composes it of ten, each of which reads and writes all maps: a
+    tenth of a training step of study cnn's default point. TensorFlow's own, which oneDNN joins
     with the ReLU behind it, gives the same to rounding. In Keras's class, not in a layer of ours:
     models stay plain Keras, and anybody's have it.
     """
