@@ -91,6 +91,20 @@ def test_only_maps_are_normalised_in_one_operation():
 
 
 @ON_TENSORFLOW
+@pytest.mark.parametrize("is_training", [True, False])
+def test_under_mixed_precision_it_is_float32_inside(is_training):
+    x, found = np.random.default_rng(0).normal(3, 2, (7, 5, 3, 8)).astype(np.float32), []
+    for context in (nullcontext, quick_layers.fused_batch_norm):
+        layer = layers.BatchNormalization(dtype="mixed_bfloat16")
+        with context():
+            y = layer(x, training=is_training)
+        assert y.dtype.name == "bfloat16"
+        found.append([np.asarray(y, np.float32), layer.moving_mean, layer.moving_variance])
+    for own, quick in zip(*found, strict=True):
+        np.testing.assert_allclose(quick, own, rtol=1e-2, atol=1e-5)  # two of bfloat16's steps
+
+
+@ON_TENSORFLOW
 def test_a_frozen_normalisation_keeps_its_statistics():
     layer = layers.BatchNormalization(trainable=False)
     with quick_layers.fused_batch_norm():
