@@ -236,8 +236,15 @@ def test_default_is_the_studys_own(table):
 
 def test_a_halving_that_differs_in_one_thing(table):
     policies = replay.policies(table)
-    names = ("default", "lenient", "published rungs", "once at a rung", "once, as far")
-    made = [policies[name if name == "default" else f"default, {name}"].pruner(9) for name in names]
+    differing = {
+        "default": SuccessiveHalvingOfReports,
+        "default, lenient": replay.Lenient,
+        "default, published rungs": replay.Published,
+        "default, once at a rung": replay.Once,
+        "default, once, as far": replay.AsFar,
+    }
+    assert {name: type(policies[name].pruner(9)) for name in differing} == differing
+    made = [halving(first_rung=1, reduction_factor=3) for halving in differing.values()]
     rungs = [{of.rung(step) for step in range(1, 30)} for of in made]
     assert rungs == [{1, 2, 4, 8, 16}] * 2 + [{1, 3, 9, 27}] + [{1, 2, 4, 8, 16}] * 2
 
