@@ -161,7 +161,7 @@ def counted(study, trial):
     """Its standing where one in three goes on, from the rule alone."""
     rung = max(rung for rung in (1, 2, 4, 8, 16, 32, 64, 128, 256) if rung <= trial.last_step)
     value, of, ahead = max(trial.intermediate_values.values()), 0, 0
-    for other in study.trials:
+    for other in study.get_trials(deepcopy=False):
         reports = [value for step, value in other.intermediate_values.items() if step <= rung]
         if other.number == trial.number or other.state == TrialState.FAIL or not reports:
             continue
@@ -181,16 +181,17 @@ def test_trials_that_begin_and_end_meanwhile_are_seen():
         if len(running) < 5:
             running.append(study.ask())
         trial = running[rng.integers(len(running))]
-        stored = study.trials[trial.number]
+        stored = study.get_trials(deepcopy=False)[trial.number]
         trial.report(rng.uniform(0.1, 1), (stored.last_step or 0) + int(rng.integers(1, 3)))
-        asked_of = study.trials[trial.number]
+        asked_of = study.get_trials(deepcopy=False)[trial.number]
         answers.append(kept.standing(study, asked_of))
         assert answers[-1] == counted(study, asked_of)
         if kept.prune(study, asked_of) or rng.uniform() < 0.1:
             state = ended[rng.integers(3)]
             study.tell(trial, 0.5 if state == TrialState.COMPLETE else None, state=state)
             running.remove(trial)
-            assert kept.standing(study, study.trials[trial.number]) == answers[-1]
+            told = study.get_trials(deepcopy=False)[trial.number]
+            assert kept.standing(study, told) == answers[-1]
     assert {answer.place > answer.going_on for answer in answers} == {True, False}
 
 
