@@ -114,19 +114,13 @@ def _devices() -> Iterator[Finding]:
 
 
 def gpu_names() -> list[str]:
-    """Of the GPUs that may be used, with their memory; as nvidia-smi says."""
+    """Of the GPUs that may be used, with their memory where the driver says it."""
     visible = devices.gpus()
-    if not visible or not (command := shutil.which("nvidia-smi")):
-        return [f"gpu {name}" for name in visible]
-    fields = "--query-gpu=name,memory.total,compute_cap"
-    try:
-        done = subprocess.run(
-            [command, fields, "--format=csv,noheader", f"--id={','.join(visible)}"],
-            capture_output=True, text=True, timeout=30,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return [f"gpu {name}" for name in visible]
-    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+    if not visible:
+        return []
+    fields = ["--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader"]
+    said = devices.ask_driver(*fields, f"--id={','.join(visible)}")
+    return said.splitlines() or [f"gpu {name}" for name in visible]
 
 
 def _backend() -> Iterator[Finding]:

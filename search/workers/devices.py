@@ -74,14 +74,20 @@ def gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return _names(ask_driver("-L"))
+
+
+def ask_driver(*arguments: str) -> str:
+    """What `nvidia-smi` says; nothing where there is none, or it fails."""
     if not (command := shutil.which("nvidia-smi")):
-        return []
+        return ""
     try:
-        listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        logger.warning("nvidia-smi does not answer; the search runs on cores")
-        return []
-    return _names(listing.stdout) if listing.returncode == 0 else []
+        asked = [command, *arguments]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("the GPUs' driver does not answer: %s", error)
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _names(listing: str) -> list[str]:
@@ -123,18 +129,13 @@ def gpu_share() -> float:
 def gpu_memory() -> int:
     """Megabytes that this process, a worker, may take on a GPU that it shares; 0 where it has the
     GPU for itself, or the driver does not say how many there are."""
-    share, command = gpu_share(), shutil.which("nvidia-smi")
-    if share == 1.0 or not command:
+    share = gpu_share()
+    if share == 1.0:
         return 0
     fields = ["--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    chosen = f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
-    try:
-        asked = [command, *fields, chosen]
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        said = str(error)
+    said = ask_driver(*fields, f"--id={os.environ.get('CUDA_VISIBLE_DEVICES', '')}")
     if not said.isdecimal():
-        logger.warning("%s does not say how much memory the GPU has: %s", command, said)
+        logger.warning("the GPU's driver does not say how much memory it has: %r", said)
         return 0
     return int(_FOR_ALL * share * int(said))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from search import doctor
 from search.errors import SearchError
 from search.workers import cgroup, devices
 from search.workers.devices import Device
@@ -82,6 +83,26 @@ def test_a_worker_s_megabytes_of_a_shared_gpu(tmp_path, monkeypatch, share, said
     for name, value in Device(1, "1", share=share).environment().items():
         monkeypatch.setenv(name, value)
     assert devices.gpu_memory() == megabytes
+
+
+@pytest.mark.parametrize(
+    ("visible", "script", "names"),
+    [
+        (None, 'case "$*" in *--id=0*) echo "a card, 80 GB";; *) echo "GPU 0: a card";; esac',
+         ["a card, 80 GB"]),
+        ("3", "exit 9", ["gpu 3"]),  # it may be used all the same
+        (None, "echo no driver; exit 9", []),
+        ("", "echo a card", []),
+    ],
+)  # fmt: skip
+def test_doctor_s_names_of_gpus(tmp_path, monkeypatch, visible, script, names):
+    smi(tmp_path, script)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert doctor.gpu_names() == names
 
 
 @pytest.fixture
