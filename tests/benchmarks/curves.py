@@ -38,7 +38,7 @@ from search.data import datasets
 from search.training import averaging, backend, complexity, training
 from search.training.hypermodel import Images, Space
 from search.training.hyperparameters import ReplayedHyperParameters, TrialHyperParameters, describe
-from search.workers.devices import Device
+from search.workers.devices import Device, cores
 from studies.cnn import FashionCNN, study
 
 NUM_IMAGES = 20_000
@@ -58,7 +58,7 @@ def main() -> None:
         command.add_argument("--table", type=Path, default=Path("tests/data/curves.npz"))
         command.add_argument("--points", type=int, default=109, help="drawn ones")
         command.add_argument("--index", type=int, default=0)
-        command.add_argument("--of", type=int, default=len(os.sched_getaffinity(0)))
+        command.add_argument("--of", type=int, default=cores())
     given = parser.parse_args()
     {"record": record, "work": work, "pack": pack}[given.command](given)
 
@@ -76,7 +76,8 @@ def record(given: argparse.Namespace) -> None:
         for index in range(given.of)
     ]  # fmt: skip
     try:
-        sys.exit(max(worker.wait() for worker in workers))
+        codes = [worker.wait() for worker in workers]  # of those that a signal ended, negative
+        sys.exit(any(codes))
     finally:
         for worker in workers:
             worker.kill()
@@ -84,6 +85,7 @@ def record(given: argparse.Namespace) -> None:
 
 def work(given: argparse.Namespace) -> None:
     backend.use_precision("auto")
+    datasets.ensure("fashion_mnist")
     part = datasets.load_split("fashion_mnist")
     names = [f"{number:04d}" for number in range(given.points)]
     names += [f"{_KNOWN}{number:02d}" for number in range(len(study.known_points))]

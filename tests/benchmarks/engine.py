@@ -38,9 +38,10 @@ NUM_CLASSES = 10
 SHAPE = (28, 28, 1)
 MODELS = ("small", "deep")
 BARS = {"small": 1.7, "deep": 1.5}  # the product's steps over plain Keras's
-IMAGES_PER_REPORT = 12_800  # the default of studies/study.py
+IMAGES = 12_800  # the training set
+# Of study cnn: images of a report, reports of a trial that is not pruned.
+IMAGES_PER_REPORT, NUM_REPORTS = 6_400, 39
 MONITOR, VALIDATION = 2_500, 10_000  # images; what a search measures at a report, and at the end
-NUM_REPORTS = 20  # of a trial of study cnn that is not pruned
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Turn(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--images", type=int, default=2 * IMAGES_PER_REPORT, help="of each process")
+    parser.add_argument("--images", type=int, default=2 * IMAGES, help="of each process")
     parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--contender", choices=CONTENDERS, action="append", default=[])
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
@@ -234,7 +235,7 @@ def work(name: str, model_name: str) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     import keras
 
-    from search.training import backend, quick_layers, training
+    from search.training import averaging, backend, quick_layers, training
 
     contender = CONTENDERS[name]
     if contender.plain_norm:
@@ -242,9 +243,11 @@ def work(name: str, model_name: str) -> None:
     backend.use_precision(contender.precision)
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (IMAGES_PER_REPORT, *SHAPE)).astype(np.uint8)
+    x = rng.integers(0, 256, (IMAGES, *SHAPE)).astype(np.uint8)
     y = rng.integers(0, NUM_CLASSES, len(x)).astype(np.uint8)
     model = network(model_name, contender)
+    if contender.is_product:
+        averaging.average_weights(model)
     floats = (x / 255).astype(np.float32)
 
     class Clock(keras.callbacks.Callback):

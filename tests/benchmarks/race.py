@@ -5,7 +5,8 @@
     python -m tests.benchmarks.race --table
 
 One contender at a time, on a machine that does nothing else. A contender and seed that are finished
-are skipped; what was cut off begins anew, since its clock can't be stopped.
+are skipped; what was cut off begins anew, since its clock can't be stopped. Races of other lengths
+or data are kept in other folders.
 
 The curve of everyone is the accuracy on all 10 000 validation images, best so far, against the
 seconds since this command began: imports, reading of data and tracing count. Of a peer it is
@@ -16,7 +17,15 @@ of them, in the race's time. A complete trial's value is its best weights' accur
 Peers do what their documentation says: one process, all cores, float32, epochs of the whole
 training part, `fit` on arrays. Their HyperModel is study cnn's space with the `fit` that KerasTuner
 documents for a tuned batch size. Epochs are the study's, for Hyperband, too: with the twelve of the
-study's final training its first bracket alone would take longer than the race.
+study's final training its first bracket alone would take longer than the race. Schedules end with
+the epochs that a trial is to have; those of a trial that Hyperband promotes begin again with it,
+since KerasTuner restores weights and no optimizer.
+
+TensorFlow's oneDNN is off where it is off by default (on processors without AVX-512 VNNI, where
+our workers turn it on and a step takes 1/1.4 to 1/1.7 of the time); TF_ENABLE_ONEDNN_OPTS=1 gives
+it to a peer, too. KerasTuner's Bayesian optimization begins with three random points for each
+hyperparameter, 81 of this space: in twenty minutes it is random search with other seeds of training
+only, and of Optuna's sampler and pruner little more than the first ten and five trials are seen.
 """
 
 from __future__ import annotations
@@ -52,10 +61,11 @@ def main() -> None:
     parser.add_argument("--contender", choices=[*OURS, *PEERS])
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path, default=Path(".race"))
+    parser.add_argument("--folder", type=Path, help=".race/DATASET-MINUTES where it is not said")
     parser.add_argument("--dataset", default="fashion_mnist", help="digits: to try it out")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
+    given.folder = given.folder or Path(".race") / f"{given.dataset}-{given.minutes:g}"
     if given.table:
         show(given.folder)
         return
@@ -181,19 +191,26 @@ def study_file(name: str, folder: Path, *, known: bool = False, watch: str = "")
 
 def ours(name: str, seed: int, dataset: str, scratch: Path, log: Log) -> None:
     """The command as a user types it, ended by a signal when the race is over."""
+    from search.data import datasets
     from search.storage import storage
 
+    datasets.ensure(dataset)
+    # A killed race is to leave no search behind: the next would run beside it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     file = study_file("cnn", scratch, known=name == "ours-known", watch=dataset)
     out = scratch / "run"
     command = [sys.executable, "-m", "search", "--study", file, "--out", out, "--seed", str(seed)]
     command += ["--dataset", dataset, "--trials", "1000000", "--no-retrain", "--quiet"]
+    command += ["--time-budget", f"{log.left + 30:.0f}s"]
     with subprocess.Popen(command) as process:
         try:
             process.wait(max(0.0, log.left))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
+            pass
         else:
             raise SystemExit(f"the search ended by itself, with exit code {process.returncode}")
+        finally:
+            process.send_signal(signal.SIGTERM)
     study = storage.read_study(storage.url_in(out, None), "cnn")
     for trial in study.trials if study else ():
         if trial.value is not None:
@@ -215,6 +232,7 @@ def data_and_space(dataset: str, epochs: float, log: Log) -> tuple[tuple, tuple,
     from search.data import datasets
     from studies.cnn import FashionCNN
 
+    datasets.ensure(dataset)
     part, found = datasets.load_split(dataset), datasets.find(dataset)
 
     class Recorded(keras.callbacks.Callback):
@@ -223,6 +241,14 @@ def data_and_space(dataset: str, epochs: float, log: Log) -> tuple[tuple, tuple,
 
     class Space(FashionCNN):
         """With the batch size of the point and what else a training of it needs."""
+
+        def build(self, hp):
+            # Hyperband's trials are to have so many epochs, or the rest of them.
+            its_own = hp.values.get("tuner/epochs", epochs) - hp.values.get(
+                "tuner/initial_epoch", 0
+            )
+            self.total_images = round(its_own * len(part.x_train))
+            return super().build(hp)
 
         def fit(self, hp, model, *args, callbacks=(), **kwargs):
             # Recorded here: KerasTuner copies the callbacks that it is given.
@@ -354,7 +380,8 @@ def median_time(curves: Mapping[int, Curve], target: float) -> float:
 def targets(curves: Mapping[str, Mapping[int, Curve]]) -> list[tuple[str, float]]:
     """What is to be reached, by name: steps up to the best median, and what peers end with."""
     ends = {
-        name: statistics.median(curve[-1][1] for curve in by_seed.values())
+        # Of an even number the lower one: of their mean, half of the seeds would never be there.
+        name: statistics.median_low(curve[-1][1] for curve in by_seed.values())
         for name, by_seed in curves.items()
     }
     first, last = round(LOWEST / STEP), math.floor(max(ends.values()) / STEP + 1e-9)
@@ -370,8 +397,9 @@ def accuracy_rows(curves: Mapping[str, Mapping[int, Curve]]) -> list[list[str]]:
     for name, by_seed in curves.items():
         row = [name]
         for minutes in MINUTES:
-            value = statistics.median(at(curve, 60 * minutes) for curve in by_seed.values())
-            row.append("" if math.isnan(value) else f"{value:.2%}")
+            values = [at(curve, 60 * minutes) for curve in by_seed.values()]
+            is_known = not any(map(math.isnan, values))
+            row.append(f"{statistics.median(values):.2%}" if is_known else "")
         ends = [curve[-1][1] for curve in by_seed.values()]
         rows.append([*row, f"{min(ends):.2%}-{max(ends):.2%}", str(len(by_seed))])
     return rows

@@ -29,7 +29,6 @@ import heapq
 import itertools
 import json
 import math
-import os
 import statistics
 import time
 import warnings
@@ -45,6 +44,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import sampling
 from search.pruning import Standing, SuccessiveHalvingOfReports, is_beaten, pruner
+from search.workers import devices
 from studies.study import Study
 
 NUM_TRAINING = 50_000  # images of study cnn's epochs
@@ -228,10 +228,13 @@ class Replay:
         self._num_trials = 0
 
     def run(self) -> Outcome:
-        best = 0.0
-        for _ in range(self._num_workers):
-            self._begin(0.0)
-        while self._events:
+        best = now = 0.0
+        free = self._num_workers
+        while True:
+            while free and self._begin(now):
+                free -= 1
+            if not self._events:
+                break
             now, _, run = heapq.heappop(self._events)
             if run.step > self._num_reports:  # all validation images have been measured
                 value = float(self._table.final[run.point])
@@ -239,7 +242,7 @@ class Replay:
                 self._study.tell(run.number, value)
                 if not self._reach and value >= self._table.goal and not run.is_known:
                     return Outcome(now, self._num_trials, best)
-                self._begin(now)
+                free += 1
             elif self._reach and self._value(run) >= self._reach:
                 return Outcome(now, self._num_trials, self._value(run))
             elif self._goes_on(run):
@@ -249,14 +252,16 @@ class Replay:
                     self._targets.discard(run.point)
                 if not self._targets and not self._policy.known:
                     break
-                self._begin(now)
+                free += 1
         return Outcome(math.inf, self._num_trials, best)
 
-    def _begin(self, now: float) -> None:
-        """Give a free worker something to do."""
+    def _begin(self, now: float) -> bool:
+        """Give a free worker something to do, if there is anything."""
         if self._rungs and (paused := self._rungs.promoted()):
-            self._next(now + self._table.start[paused.point], self._resumed(paused))
-            return
+            # Optuna takes no trial up again that has ended; its storage in memory lets us.
+            self._storage._get_trial(paused.trial_id).state = TrialState.RUNNING
+            self._next(now + self._table.start[paused.point], paused)
+            return True
         if self._known:
             run = self._new_trial()
             run.is_known = True
@@ -266,9 +271,10 @@ class Replay:
             self._is_at(run, self._drawn(self._storage.get_trial(run.trial_id)))
             self._untried = self._untried[self._untried != run.point]
         else:
-            return
+            return False
         self._num_trials += 1
         self._next(now + self._table.start[run.point], run)
+        return True
 
     def _drawn(self, trial: FrozenTrial) -> int:
         """A point not tried yet, drawn as the product draws it for a trial of that number."""
@@ -322,17 +328,6 @@ class Replay:
                 drawn = self._table.distributions[hp["name"]]
                 value = drawn.to_internal_repr(params[hp["name"]])
                 self._storage.set_trial_param(run.trial_id, hp["name"], value, drawn)
-
-    def _resumed(self, paused: _Run) -> _Run:
-        """The same training, as a new trial: Optuna takes no finished one up again."""
-        run = self._new_trial()
-        self._is_at(run, paused.point)
-        run.step, run.seconds = paused.step, paused.seconds
-        before = self._storage.get_trial(paused.trial_id)
-        for step, value in before.intermediate_values.items():
-            self._storage.set_trial_intermediate_value(run.trial_id, step, value)
-        self._storage.set_trial_user_attr(run.trial_id, _CLOCK, before.user_attrs[_CLOCK])
-        return run
 
     def _next(self, now: float, run: _Run) -> None:
         """Let it train until its next report, or measure all validation images at its end."""
@@ -576,7 +571,7 @@ def policies(table: Table) -> dict[str, Policy]:
 
     pruned = functools.partial(_own, own["pruner"], first, factor)
     default = Policy(own["sampler"], pruned, drafts=sampling.STARTUP_DRAFTS)
-    second = float(np.median(table.start + np.nansum(table.report[:, :1], 1)))
+    second = float(np.median(np.nansum((table.report + table.measure)[:, :1], 1)))
     return {
         "random": Policy("random"),
         "tpe": Policy(),
@@ -602,7 +597,7 @@ def policies(table: Table) -> dict[str, Policy]:
                 ("once, as far", AsFar),
             )
         },
-        "default, known points": replace(default, known=True),
+        **({"default, known points": replace(default, known=True)} if table.known.any() else {}),
         "default, 2 reports in 1": replace(default, every=2),
         **{f"default, {count} drafts": replace(default, drafts=count) for count in (1, 2, 5)},
         **{
@@ -720,7 +715,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="simulated ones")
     parser.add_argument("--reach", type=float, help="accuracy of a report, from 0 to 1")
     parser.add_argument("--policy", action="append", help="begins so; all where none is given")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, default=devices.cores())
     given = parser.parse_args()
     table = read(given.table)
     wanted = tuple(given.policy or [""])

@@ -71,6 +71,18 @@ def test_the_table_says_accuracies_by_the_minute(folder):
     ]
 
 
+def test_the_end_of_two_is_one_that_half_of_them_reach(folder):
+    (folder / "kerastuner-hyperband-3.csv").unlink()
+    rows = {row[0]: row[1:] for row in race.time_rows(race.read(folder))}
+    assert rows["89.00%, kerastuner-hyperband's end"] == ["100", "450 (4.5x)"]
+
+
+def test_of_a_race_that_was_shorter_nothing_is_said_beyond_it(folder):
+    (folder / "ours-2.csv").write_text("seconds,accuracy\n60,0.8\n120,0.8")
+    _, ours, _ = race.accuracy_rows(race.read(folder))
+    assert ours[1:7] == ["84.00%", "86.00%", "", "", "", ""]
+
+
 def test_table_and_figure_are_made(folder, capsys):
     race.show(folder)
     assert "9.0x" in capsys.readouterr().out

@@ -182,16 +182,25 @@ def test_a_known_point_is_no_target():
 
 def test_a_promotion_goes_on_where_its_trial_paused():
     table = replay.Table(stored(drawn(30)))
-    made = replay.Replay(table, Policy(resumes=(1, 2)), 0, 1)
+    made, promoted = replay.Replay(table, Policy(resumes=(1, 2)), 0, 1), []
+    promote = made._rungs.promoted
+
+    def watched():
+        if run := promote():
+            trial = made._study.trials[run.trial_id]
+            assert trial.state == optuna.trial.TrialState.PRUNED
+            promoted.append(trial)
+        return run
+
+    made._rungs.promoted = watched
     made.run()
-    by_params = {}
-    for trial in made._study.trials:
-        by_params.setdefault(json.dumps(trial.params), []).append(trial)
-    resumed = [trials for trials in by_params.values() if len(trials) > 1]
-    assert resumed
-    for before, after in (trials[:2] for trials in resumed):
-        assert before.state == optuna.trial.TrialState.PRUNED
-        assert before.intermediate_values.items() <= after.intermediate_values.items()
+    assert promoted
+    for before in promoted:
+        after = made._study.trials[before.number]
+        assert before.intermediate_values.items() < after.intermediate_values.items()
+        assert after.last_step == len(after.intermediate_values)
+    points = [json.dumps(trial.params) for trial in made._study.trials]
+    assert len(set(points)) == len(points)
 
 
 @pytest.mark.parametrize(("clock", "stops"), [([1.0, 4.0], False), ([2.0, 6.0], True)])
