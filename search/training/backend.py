@@ -24,6 +24,8 @@ from search.workers.devices import gpu_memory, has_bfloat16
 logger = logging.getLogger("search")
 
 VALIDATION_BATCH = 500  # divides 2 500 and 10 000: one shape, traced once
+# In a batch to be measured, where images are larger: a map of 64 filters takes half a gigabyte.
+_MOST_PIXELS = VALIDATION_BATCH * 64 * 64
 _ALIGNMENT = 64  # bytes, of TensorFlow's arrays; a .npy file's data begins at a multiple of it
 # On a GPU a step of a small model is over before Python has sent the next one.
 _MOST_AT_ONCE = 50
@@ -159,6 +161,16 @@ def feeding(
         model.train_function = None
 
 
+def validation_batch(shape: Sequence[int]) -> int:
+    """How many inputs of a shape are measured at once.
+
+    Args:
+        shape: of all of them, (n, height, width, channels); of stored activations perhaps (n, m).
+    """
+    pixels = math.prod(shape[1:3]) if len(shape) == 4 else 1
+    return max(1, min(VALIDATION_BATCH, _MOST_PIXELS // pixels))
+
+
 def validation_batches(x: Rows | np.ndarray, y: np.ndarray) -> Iterable:
     """The same inputs in the same order each time it is read."""
     rows = as_rows(x)
@@ -166,7 +178,7 @@ def validation_batches(x: Rows | np.ndarray, y: np.ndarray) -> Iterable:
         return _Batches(rows, y)
     import tensorflow as tf
 
-    batches = tf.data.Dataset.range(len(rows)).batch(VALIDATION_BATCH)
+    batches = tf.data.Dataset.range(len(rows)).batch(validation_batch(rows.array.shape))
     return _gathered(rows, y, batches, prefetch=1)
 
 
@@ -281,12 +293,13 @@ class _Batches(keras.utils.PyDataset):
     def __init__(self, rows: Rows, y: np.ndarray):
         super().__init__()
         self._rows, self._y = rows, y
+        self._size = validation_batch(rows.array.shape)
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // VALIDATION_BATCH)
+        return -(-len(self._rows) // self._size)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        part = slice(index * VALIDATION_BATCH, (index + 1) * VALIDATION_BATCH)
+        part = slice(index * self._size, (index + 1) * self._size)
         return self._rows.array[self._rows.positions[part]], self._y[part]
 
 

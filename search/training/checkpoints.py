@@ -49,6 +49,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._path = path
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._others: Sequence[keras.callbacks.Callback] = ()
+        self._is_whole = True  # whether what is kept is all that there is
         self._cost = 0.0  # seconds, of the last write
         self._saved = time.monotonic()
         self._found = self._read()
@@ -66,6 +67,10 @@ class Checkpoints(keras.callbacks.Callback):
         """
         self.set_model(model)
         self._others = tuple(callbacks)
+        self._is_whole = _has_one_optimizer(model)
+        if not self._is_whole:
+            logger.warning("the model has optimizers of its own: once killed, it begins again")
+            self._found = None
         if self._found and not self._suits(self._found):
             logger.warning("%s is of another model or other callbacks: begun again", self._path)
             self._found = None
@@ -87,6 +92,8 @@ class Checkpoints(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self.model.stop_training or time.monotonic() - self._saved < self._cost / SHARE:
             return
+        if not self._is_whole:
+            return
         began = time.monotonic()
         try:
             self._write(epoch + 1)
@@ -96,7 +103,8 @@ class Checkpoints(keras.callbacks.Callback):
         self._cost = self._saved - began
 
     def _suits(self, found: dict[str, Any]) -> bool:
-        self.model.optimizer.build(self.model.trainable_variables)
+        if not self.model.optimizer.built:  # some make their variables once more
+            self.model.optimizer.build(self.model.trainable_variables)
         shapes = [tuple(variable.shape) for variable in self._variables()]
         return len(found["callbacks"]) == len(self._others) and shapes == [
             array.shape for array in found["arrays"]["variables"]
@@ -119,10 +127,10 @@ class Checkpoints(keras.callbacks.Callback):
         ]
         meta = {"identity": self._identity, "reports": reports, "callbacks": states}
         arrays = {
-            f"v{index}": keras.ops.convert_to_numpy(variable)
+            f"v{index}": _readable(keras.ops.convert_to_numpy(variable))
             for index, variable in enumerate(self._variables())
         }
-        arrays |= {f"c{index}": array for index, array in enumerate(kept)}
+        arrays |= {f"c{index}": _readable(array) for index, array in enumerate(kept)}
         with artifacts.write_atomically(self._path) as beside:
             np.savez(beside, **arrays, **{_META: np.array(json.dumps(meta))})  # type: ignore[arg-type]
 
@@ -143,6 +151,18 @@ class Checkpoints(keras.callbacks.Callback):
             logger.warning("%s is damaged (%s): begun again", self._path, error)
             return None
         return {**meta, "arrays": arrays}
+
+
+def _has_one_optimizer(model: keras.Model) -> bool:
+    kept = vars(model).values()
+    return all(
+        one is model.optimizer for one in kept if isinstance(one, keras.optimizers.Optimizer)
+    )
+
+
+def _readable(array: np.ndarray) -> np.ndarray:
+    """NumPy writes what it doesn't know, as bfloat16, but reads it back as raw bytes."""
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
 def _count(stored: Any, letter: str) -> int:

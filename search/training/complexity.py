@@ -48,16 +48,32 @@ def training_bytes(model: keras.Model, batch_size: int) -> int:
     average, and each tensor of the graph that has a gradient, with it, as float32. A lower bound
     for a model without a graph, and for one with frozen layers: their tensors are not kept."""
     trained = sum(math.prod(variable.shape) for variable in model.trainable_variables)
-    numbers, differentiated = 0, set()
-    for call in calls(model) if _has_graph(model) else ():
-        is_trained = bool(getattr(call.operation, "trainable_variables", ()))
-        if is_trained or any(id(tensor) in differentiated for tensor in tensors(call)):
-            outputs = keras.tree.flatten(call.outputs)
-            differentiated |= {id(tensor) for tensor in outputs}
-            numbers += sum(math.prod(size or 1 for size in t.shape[1:]) for t in outputs)
+    numbers = _kept_numbers(model, is_differentiated=False) if _has_graph(model) else 0
     is_averaged = getattr(getattr(model, "optimizer", None), "use_ema", False)
     kept = 4 if is_averaged else 3
     return 4 * (parameters(model) + kept * trained + 2 * batch_size * numbers)
+
+
+def _kept_numbers(model: keras.Model, *, is_differentiated: bool) -> int:
+    """Numbers of an image's tensors that have a gradient.
+
+    Args:
+        is_differentiated: whether those that the model is given have one.
+    """
+    numbers = 0
+    differentiated = {id(tensor) for tensor in model.inputs} if is_differentiated else set()
+    for call in calls(model):
+        is_trained = bool(getattr(call.operation, "trainable_variables", ()))
+        has_gradient = any(id(tensor) in differentiated for tensor in tensors(call))
+        if not (is_trained or has_gradient):
+            continue
+        outputs = keras.tree.flatten(call.outputs)
+        differentiated |= {id(tensor) for tensor in outputs}
+        if isinstance(call.operation, keras.Model) and _has_graph(call.operation):
+            numbers += _kept_numbers(call.operation, is_differentiated=has_gradient)
+        else:
+            numbers += sum(math.prod(size or 1 for size in t.shape[1:]) for t in outputs)
+    return numbers
 
 
 def flops(model: keras.Model) -> int:

@@ -13,6 +13,7 @@ import copy
 import inspect
 import math
 import re
+import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,13 @@ import keras_tuner
 import numpy as np
 
 ACCURACY = "accuracy"
+# Activations are functions; the others may be, too.
+_GIVEN = (
+    types.FunctionType,
+    keras.Initializer,
+    keras.Regularizer,
+    keras.constraints.Constraint,
+)
 
 
 class Images(NamedTuple):
@@ -64,16 +72,22 @@ class Space:
         """The compiled model of the point that hp holds, ready to be trained and measured.
 
         Raises:
-            ValueError: if it isn't compiled, or doesn't map the data set's images to its classes.
+            ValueError: if it isn't compiled, has no graph of layers, or doesn't map the data set's
+                images to its classes.
         """
         model = self._space.build(hp) if hasattr(self._space, "build") else self._space(hp)
         if not isinstance(model, keras.Model) or not model.compiled:
             raise ValueError(f"A space returns a compiled Keras model. Received: {model!r}")
+        if not (isinstance(model, keras.Sequential) or hasattr(model, "output_shape")):
+            raise ValueError(
+                "A space's model is functional or Sequential: of one that calls its layers in a "
+                f"`call` of its own no shapes are known. Received: {model!r}"
+            )
         if not model.built:  # a Sequential without an Input, as KerasTuner's guides write it
             model.build((None, *self._dataset.input_shape))
         self._check_shapes(model)
         metrics = (model.get_compile_config() or {}).get("metrics") or []
-        if ACCURACY not in metrics:
+        if ACCURACY not in metrics or _ends_in_a_logit(model):
             _measure_accuracy(model)
         return model
 
@@ -160,9 +174,9 @@ def check_can_be_loaded(model: keras.Model) -> None:
     if all(map(_is_plain, model._flatten_layers())):
         return
     try:
-        keras.saving.deserialize_keras_object(
-            keras.saving.serialize_keras_object(model), safe_mode=True
-        )
+        saved = keras.saving.serialize_keras_object(model)
+        saved.pop("compile_config", None)  # a winner answers without its loss
+        keras.saving.deserialize_keras_object(saved, safe_mode=True)
     except Exception as error:  # whatever the user's layers raise
         why = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -173,8 +187,16 @@ def check_can_be_loaded(model: keras.Model) -> None:
 
 
 def _is_plain(layer: keras.layers.Layer) -> bool:
-    is_kerass = type(layer).__module__.startswith("keras.")
-    return is_kerass and not isinstance(layer, keras.layers.Lambda | keras.layers.Wrapper)
+    if isinstance(layer, keras.layers.Lambda | keras.layers.Wrapper):
+        return False
+    # A layer may have been given some of the user's own, and is saved with them.
+    given = [value for value in vars(layer).values() if isinstance(value, _GIVEN)]
+    return all(map(_is_kerass, [layer, *given]))
+
+
+def _is_kerass(value: Any) -> bool:
+    of = value if isinstance(value, types.FunctionType) else type(value)
+    return str(of.__module__).startswith("keras.")
 
 
 def ends_in_float32(model: keras.Model) -> bool:
@@ -220,13 +242,24 @@ def _measure_accuracy(model: keras.Model) -> None:
     """Compile again with accuracy beside the metrics that are there."""
     own = getattr(model._compile_metrics, "_user_metrics", None) or []
     accuracy: Any = ACCURACY
-    losses = keras.tree.flatten(model.loss)  # by the output's name, perhaps
-    if model.output_shape[-1] == 1 and any(getattr(one, "from_logits", False) for one in losses):
+    if _ends_in_a_logit(model):  # Keras's "accuracy" would ask whether it is above 0.5
         accuracy = keras.metrics.BinaryAccuracy(ACCURACY, threshold=0.0)
     config = model._compile_config.config  # as given: get_compile_config holds copies
-    metrics = [*own, accuracy] if isinstance(own, list) else [accuracy]
-    given = {"optimizer": model.optimizer, "metrics": metrics, "auto_scale_loss": False}
-    model.compile(**(config | given))
+    others = [metric for metric in own if metric != ACCURACY] if isinstance(own, list) else []
+    given = {
+        "optimizer": model.optimizer,
+        "metrics": [*others, accuracy],
+        "auto_scale_loss": False,
+    }
+    # Not a `compile` of its own, which may take other arguments, and has had them.
+    keras.Model.compile(model, **(config | given))
+
+
+def _ends_in_a_logit(model: keras.Model) -> bool:
+    losses = keras.tree.flatten(model.loss)  # by the output's name, perhaps
+    return model.output_shape[-1] == 1 and any(
+        getattr(loss, "from_logits", False) for loss in losses
+    )
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:

@@ -161,6 +161,7 @@ class KerasTasks(Objective):
         space = self._space(round(message["epochs"] * num_images), images)
         model = self._built(space, hp)
         own_fit = trains_itself(self._study.space)
+        callbacks = space.callbacks(hp)
         if not own_fit:
             hp.check_all_read()
         epochs = message["epochs"] * message["share"]
@@ -168,7 +169,7 @@ class KerasTasks(Objective):
         averaging.shorten(model, plan.num_reports * plan.steps_per_report)
         callbacks = [
             callback
-            for callback in space.callbacks(hp)
+            for callback in callbacks
             if message["stops"] or not isinstance(callback, keras.callbacks.EarlyStopping)
         ]
         for callback in [] if own_fit else callbacks:  # a fit of its own counts epochs

@@ -45,8 +45,9 @@ class Objective:
         self.precision = backend.use_precision(settings["precision"])
 
     def _begin(self, seed: int) -> None:
-        """Set what a task's model depends on beside its point: freeing the memory of the last one
-        makes Keras forget its precision, and a space may have set another."""
+        """Set what a model depends on beside its point: the names that Keras gives to layers (it
+        counts those of other models, too), precision, which it then forgets, and random numbers."""
+        keras.utils.clear_session(free_memory=False)
         backend.use_precision(self.precision)
         keras.utils.set_random_seed(seed)
 
@@ -112,9 +113,10 @@ class Objective:
         trial.set_user_attr("memory", complexity.training_bytes(model, batch_size))
         if too_much := limits.excess(model, batch_size, self._study):
             return {"outcome": "invalid", "reason": too_much}
-        report = training.Report(trial, self._images_per_report)
+        own_fit = trains_itself(self._study.space)
+        report = training.Report(trial, self._images_per_report, must_have_it=not own_fit)
         value = None
-        if trains_itself(self._study.space):
+        if own_fit:
             arrays = self._data.arrays(self._data.at.train)
             returned = self._let_fit(space, hp, model, arrays, self._num_reports, [report])
             if not (report.diverged or report.pruned):
@@ -143,6 +145,7 @@ class Objective:
 
     def _cost(self, space: Space, draft: Draft) -> float:
         """Operations for one image; infinite where the point can't be trained."""
+        self._begin(0)
         hp = TrialHyperParameters(draft)
         try:
             model = self._built(space, hp)
@@ -279,9 +282,11 @@ class Objective:
         return self._space(1).is_pretrained(ReplayedHyperParameters(point, complete=True))
 
     def _complete(self, space: Space, point: dict[str, Any]) -> dict[str, Any]:
+        self._begin(0)
         hp = ReplayedHyperParameters(point, complete=True)
         try:
             space.build(hp)
+            space.callbacks(hp)
             if not trains_itself(self._study.space):  # what its fit reads is not known yet
                 hp.check_all_read()
         except ValueError as error:

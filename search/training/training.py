@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,7 @@ def train(
             shuffle=False,  # the order is the plan's
             verbose=0,
         )
-    return {name: [float(v) for v in values] for name, values in history.history.items()}
+    return {name: [float(np.mean(v)) for v in values] for name, values in history.history.items()}
 
 
 def _build(model: keras.Model, y: np.ndarray) -> None:
@@ -144,7 +144,7 @@ def _build(model: keras.Model, y: np.ndarray) -> None:
 def measured(model: keras.Model, data: Data) -> dict[str, float]:
     """Loss, accuracy (the fraction classified as labelled), and what else it was compiled with."""
     figures = model.evaluate(_validation(model, data), verbose=0, return_dict=True)
-    return {name: float(figure) for name, figure in figures.items()}
+    return _numbers(figures)
 
 
 def accuracy(model: keras.Model, data: Data) -> float:
@@ -175,15 +175,29 @@ def as_loss_wants(model: keras.Model, y: np.ndarray) -> np.ndarray:
 
 
 def _is_sparse(loss: Any, one_hot: np.ndarray) -> bool:
-    """By the name of Keras's own losses; one of the user's is asked with one-hot labels."""
+    """By the name of Keras's own losses; one of the user's is asked which labels it knows right
+    predictions from wrong ones by."""
     name = getattr(loss, "__name__", type(loss).__name__)
     if hasattr(keras.losses, name):
         return "sparse" in name
+    one_hot = np.concatenate([one_hot, one_hot])  # not as many labels as classes
+    tells = _tells_right_from_wrong(loss, one_hot, one_hot)
+    if tells:
+        return False
+    return tells is None or bool(_tells_right_from_wrong(loss, one_hot.argmax(1), one_hot))
+
+
+def _tells_right_from_wrong(loss: Any, labels: np.ndarray, one_hot: np.ndarray) -> bool | None:
+    """Whether it is lower for right predictions; None where it fails, as it may at such labels."""
+    right = 0.9 * one_hot + 0.1 / one_hot.shape[1]
+    means = []
     try:
-        loss(keras.ops.convert_to_tensor(one_hot), keras.ops.convert_to_tensor(one_hot))
-    except Exception:  # whatever a function raises that wants class numbers
-        return True
-    return False
+        for predicted in (right, np.roll(right, 1, axis=0)):
+            of = loss(keras.ops.convert_to_tensor(labels), keras.ops.convert_to_tensor(predicted))
+            means.append(float(keras.ops.mean(of)))
+    except Exception:  # whatever a function of the user's raises
+        return None
+    return means[0] < means[1] - 1e-6
 
 
 class Report(keras.callbacks.Callback):
@@ -195,9 +209,17 @@ class Report(keras.callbacks.Callback):
     Args:
         trial: receives `monitor` at steps 1, 2, ... and answers `should_prune`.
         images: seen between two reports, for the speed.
+        must_have_it: whether a report without `monitor` is an error; else nothing is told of it.
     """
 
-    def __init__(self, trial: RemoteTrial | Any, images: int, monitor: str = MONITOR):
+    def __init__(
+        self,
+        trial: RemoteTrial | Any,
+        images: int,
+        monitor: str = MONITOR,
+        *,
+        must_have_it: bool = False,
+    ):
         super().__init__()
         self.pruned = False
         self.diverged = ""
@@ -208,6 +230,7 @@ class Report(keras.callbacks.Callback):
         self._trial = trial
         self._images = images
         self._monitor = monitor
+        self._must_have_it = must_have_it
         # A training loop of the user's own may call on_epoch_end only.
         self._began = time.monotonic()
         self._tested = 0.0
@@ -223,7 +246,7 @@ class Report(keras.callbacks.Callback):
         tested = self._tested or now
         self.training_seconds += tested - self._began
         self.validation_seconds += now - tested
-        figures = {name: float(value) for name, value in (logs or {}).items()}
+        figures = _numbers(logs)
         # A fit of the user's own may train twice, and Keras counts anew.
         step = self._step = max(epoch + 1, self._step + 1)
         if found := unsound(figures):
@@ -231,6 +254,12 @@ class Report(keras.callbacks.Callback):
             self.model.stop_training = True
             return
         if self._monitor not in figures:  # nothing to compare with other trials
+            if self._must_have_it:
+                raise ValueError(
+                    f"The model's figures have no {self._monitor}, by which trials are compared: "
+                    "`metrics` and `test_step` of its own must keep the metric 'accuracy'. "
+                    f"Received: {sorted(figures)}"
+                )
             return
         self.values.append(figures[self._monitor])
         self._trial.report(
@@ -271,7 +300,7 @@ class Progress(keras.callbacks.Callback):
         self._began = time.monotonic()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        figures = {name: float(value) for name, value in (logs or {}).items()}
+        figures = _numbers(logs)
         if found := unsound(figures):
             self.diverged = self.diverged or f"{found} at report {epoch + 1}"
             self.model.stop_training = True
@@ -287,6 +316,11 @@ class Progress(keras.callbacks.Callback):
             images_per_second=self._images / max(1e-9, now - self._began),
         )
         self._began = now
+
+
+def _numbers(logs: Mapping[str, Any] | None) -> dict[str, float]:
+    """Of a metric that has a number for each class, the mean."""
+    return {name: float(np.mean(value)) for name, value in (logs or {}).items()}
 
 
 def unsound(figures: dict[str, float]) -> str:

@@ -217,6 +217,54 @@ def test_a_checkpoint_of_another_model_is_begun_again(tmp_path, caplog, make):
     np.testing.assert_allclose(history["loss"], train(make)[0]["loss"], rtol=1e-5)
 
 
+class WithItsOwn(keras.Model):
+    """Its optimizer is not the one that it was compiled with."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.own = keras.optimizers.Adam(0.1)
+
+
+def with_its_own():
+    plain = network()
+    model = WithItsOwn(plain.inputs, plain.outputs)
+    model.compile("adam", plain.loss, metrics=["accuracy"])
+    return model
+
+
+def test_a_model_with_another_optimizer_begins_again(tmp_path, caplog):
+    with pytest.raises(Killed):
+        train(with_its_own, tmp_path / "c.npz", KillAfter(3))
+    assert "optimizers of its own: once killed, it begins again" in caplog.text
+    assert not (tmp_path / "c.npz").exists()
+
+
+def scaled():
+    """As under mixed_float16. Its `build` makes its variables anew each time."""
+    model = network()
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
+    model.compile(optimizer, model.loss, metrics=["accuracy"])
+    return model
+
+
+def coarse():
+    """Of bfloat16 variables, which NumPy writes but does not know when it reads them."""
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        return network()
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("make", [scaled, coarse])
+def test_variables_of_any_kind_are_taken_up(tmp_path, make):
+    with pytest.raises(Killed):
+        train(make, tmp_path / "c.npz", KillAfter(3, step=1))
+    history, _, began = train(make, tmp_path / "c.npz", KillAfter(99))
+    assert began == 3
+    assert len(history["loss"]) == PLAN.num_reports
+
+
 @pytest.mark.fault("A2")
 @pytest.mark.parametrize(
     "damage",

@@ -292,6 +292,21 @@ def test_a_training_step_keeps_tensors_from_the_first_trained_layer_on():
     assert complexity.training_bytes(model, 10) == expected
 
 
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_training_step_keeps_the_tensors_of_a_model_in_a_model(is_trained):
+    def stack(x):
+        for filters in (4, 8):
+            x = layers.Conv2D(filters, 3, padding="same")(x)
+        return layers.GlobalAveragePooling2D()(x)
+
+    inner_inputs, inputs = keras.Input((8, 8, 1)), keras.Input((8, 8, 1))
+    base = keras.Model(inner_inputs, stack(inner_inputs))
+    base.trainable = is_trained
+    nested = keras.Model(inputs, layers.Dense(3)(base(inputs)))
+    flat = keras.Model(base.inputs, layers.Dense(3)(base.outputs[0]))
+    assert complexity.training_bytes(nested, 10) == complexity.training_bytes(flat, 10)
+
+
 def test_counting_takes_a_few_milliseconds():
     model = of_space(ResNet, {"num_stages": 4, "blocks_per_stage": 3})
     seconds = []

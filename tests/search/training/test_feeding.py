@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from search.training import backend
 from tests.command import ROOT
 
 MEASURE = """
@@ -49,3 +50,28 @@ def test_two_feeds_share_the_memory_of_a_mapped_file(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.3  # batches; a copy for each feed would be 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((10_000, 28, 28, 1), 500),
+        ((10_000, 64, 64, 3), 500),
+        ((900, 224, 224, 3), 40),
+        ((9, 4_000, 4_000, 3), 1),
+        ((900, 25_088), 500),
+    ],
+)
+def test_larger_images_are_measured_fewer_at_once(shape, size):
+    assert backend.validation_batch(shape) == size
+
+
+def test_all_are_measured_however_few_at_once():
+    x = np.zeros((95, 256, 256, 1), np.uint8)  # 31 at once
+    x[:, 0, 0, 0] = np.arange(95)
+    sizes, seen = [], []
+    for batch, _ in backend.validation_batches(x, np.zeros(95, np.uint8)):
+        sizes.append(len(batch))
+        seen += np.asarray(batch)[:, 0, 0, 0].tolist()
+    assert sizes == [31, 31, 31, 2]
+    assert seen == list(range(95))

@@ -69,9 +69,10 @@ def one_logit(wrap=lambda loss: loss, **options):
     [lambda loss: loss, lambda loss: [loss], lambda loss: {"logit": loss}],
     ids=["alone", "in a list", "by name"],
 )
-def test_the_accuracy_of_a_logit_is_the_user_s_own(wrap):
+@pytest.mark.parametrize("given", [[], ["accuracy"]])
+def test_the_accuracy_of_a_logit_is_the_user_s_own(wrap, given):
     own = keras.metrics.BinaryAccuracy("mine", threshold=0.0)
-    model = built(lambda: one_logit(wrap, metrics=[own]), PAIRS)
+    model = built(lambda: one_logit(wrap, metrics=[*given, own]), PAIRS)
     x = np.zeros((4, 8, 8, 1), np.float32)
     x[:, 0, 0, 0] = [-1.0, 0.2, 0.4, 3.0]  # two lie between the thresholds, 0 and 0.5
     y = np.array([[0.0], [1.0], [1.0], [1.0]])
@@ -94,6 +95,43 @@ def test_what_else_a_model_was_compiled_with_stays():
     assert (model.steps_per_execution, model.run_eagerly) == (3, True)
 
 
+class OwnCompile(keras.Model):
+    """Compiled with what Keras does not know, by arguments of its own."""
+
+    def compile(self, optimizer, loss, alpha):
+        super().compile(optimizer=optimizer, loss=loss)
+        self.alpha = alpha
+
+
+def test_a_compile_of_its_own_is_called_by_its_space_alone():
+    def make():
+        inputs = keras.Input((8, 8, 1))
+        outputs = keras.layers.Dense(3, "softmax")(keras.layers.Flatten()(inputs))
+        model = OwnCompile(inputs, outputs)
+        model.compile("sgd", "sparse_categorical_crossentropy", alpha=0.3)
+        return model
+
+    model = built(make)
+    assert model.alpha == 0.3
+    x, y = np.zeros((4, 8, 8, 1), np.uint8), np.arange(4) % 3
+    assert set(model.evaluate(x, y, verbose=0, return_dict=True)) == {"loss", "accuracy"}
+
+
+class WithoutGraph(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(3, "softmax")
+
+    def call(self, x):
+        return self.dense(keras.ops.reshape(x, (-1, 64)))
+
+
+def without_graph():
+    model = WithoutGraph()
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    return model
+
+
 def uncompiled():
     return keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(3)])
 
@@ -103,6 +141,7 @@ def uncompiled():
     [
         (uncompiled, DIGITS, "returns a compiled Keras model"),
         (lambda: "a model", DIGITS, "returns a compiled Keras model. Received: 'a model'"),
+        (without_graph, DIGITS, "is functional or Sequential: .* Received: <WithoutGraph"),
         (lambda: dense(10), DIGITS, r"ends in 3 numbers.*output_shape=\(None, 10\)"),
         (lambda: dense(1), DIGITS, "ends in 3 numbers"),
         (lambda: dense(3), PAIRS, "ends in 2 or 1 numbers"),
@@ -151,8 +190,43 @@ def test_what_could_not_be_loaded_is_found_before_the_first_trial(layer):
         check_can_be_loaded(model)
 
 
+def doubled(x):
+    return 2 * x
+
+
+@keras.saving.register_keras_serializable("tests")
+def registered(x):
+    return 2 * x
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"activation": doubled}, {"activation": lambda x: 2 * x}, {"kernel_initializer": doubled}],
+)
+def test_a_function_of_the_user_s_in_a_layer_of_keras_s_is_looked_for(given):
+    def make(**given):
+        layers = [keras.Input((8, 8, 1)), keras.layers.Flatten()]
+        return keras.Sequential([*layers, keras.layers.Dense(3, **given)])
+
+    check_can_be_loaded(make(**dict.fromkeys(given, registered) if "activation" in given else {}))
+    if "kernel_initializer" in given:
+        given = {"kernel_initializer": lambda shape, dtype=None: keras.ops.zeros(shape, dtype)}
+    with pytest.raises(ValueError, match=r"the model can be saved but not loaded again"):
+        check_can_be_loaded(make(**given))
+
+
 def test_an_ordinary_model_can_be_loaded():
     check_can_be_loaded(built(dense))
+
+
+def test_a_winner_can_be_loaded_without_its_loss():
+    def own(y, predicted):
+        return keras.losses.sparse_categorical_crossentropy(y, predicted)
+
+    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten()])
+    model.add(keras.layers.Dense(3, activation=registered))
+    model.compile("sgd", own)
+    check_can_be_loaded(model)
 
 
 def test_a_model_that_ends_in_bfloat16_is_noticed():

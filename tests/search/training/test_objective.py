@@ -657,6 +657,29 @@ def test_a_draft_that_is_taken_is_trained_as_if_there_had_been_no_other(made_up_
     assert chosen.reports == alone.reports
 
 
+class ByName(Small):
+    """Finds a layer by the name that Keras gives it."""
+
+    def build(self, hp):
+        model = super().build(hp)
+        assert model.get_layer("dense") is model.layers[2]
+        hp.Choice("patience", [1, 2])
+        return model
+
+    def callbacks(self, hp):
+        return [keras.callbacks.EarlyStopping(patience=hp.Int("slower", 3, 5))]
+
+
+def test_layers_have_the_names_that_they_have_alone(made_up_data):
+    """Whatever else was built before, and where only callbacks read something."""
+    points = ({}, {"kind": "deep"}, {"slower": 5})
+    described = tasks(ByName, made_up_data, known_points=points).describe()
+    assert [point["slower"] for point in described["known_points"]] == [3, 3, 5]
+    trial = Trial(offers=[{"kind": "deep"}, {"kind": "linear"}])
+    outcome = tasks(ByName, made_up_data).trial(trial, MESSAGE | {"drafts": 2})
+    assert outcome["outcome"] == "complete"
+
+
 class Shrinking(Small):
     """No model where its kernel is wider than the image."""
 

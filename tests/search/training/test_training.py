@@ -190,8 +190,8 @@ def test_the_model_is_shown_the_plan_s_images_in_its_order():
 # Reports, by hand
 
 
-def fed(trial, *epochs, monitor="val_accuracy"):
-    report = Report(trial, images=20, monitor=monitor)
+def fed(trial, *epochs, **options):
+    report = Report(trial, images=20, **options)
     report.set_model(keras.Sequential())
     report.model.stop_training = False
     for epoch, logs in enumerate(epochs):
@@ -214,6 +214,31 @@ def test_another_monitor_is_reported():
     trial = Trial()
     fed(trial, {"val_accuracy": 0.5, "val_loss": 2.0}, monitor="val_loss")
     assert trial.reports == {1: 2.0}
+
+
+def test_a_report_without_its_monitor_is_an_error_where_it_must_have_it():
+    trial = Trial()
+    assert fed(trial, {"loss": 2.0}).values == []
+    with pytest.raises(ValueError, match=r"no val_accuracy, .* Received: \['loss', 'val_loss'\]"):
+        fed(trial, {"val_loss": 2.0, "loss": 2.0}, must_have_it=True)
+
+
+def test_a_metric_of_each_class_is_reported_as_its_mean():
+    x, y = data()
+    model = network("categorical_crossentropy")
+    f1 = keras.metrics.F1Score()
+    model.compile("sgd", "categorical_crossentropy", metrics=["accuracy", f1])
+    trial = Trial()
+    history = training.train(
+        model, (x, y), plan(), validation_data=(x, y), callbacks=[Report(trial, 20)]
+    )
+    of_classes = np.asarray(
+        model.evaluate(x, np.eye(3)[y], verbose=0, return_dict=True)["f1_score"]
+    )
+    assert of_classes.shape == (3,)
+    assert trial.metrics[-1]["val_f1_score"] == pytest.approx(of_classes.mean(), abs=1e-6)
+    assert history["val_f1_score"][-1] == trial.metrics[-1]["val_f1_score"]
+    assert training.measured(model, (x, y))["f1_score"] == history["val_f1_score"][-1]
 
 
 def test_a_trial_that_says_stop_is_stopped():
@@ -446,6 +471,20 @@ def own_one_hot_loss(y, predicted):
     return keras.losses.categorical_crossentropy(y, predicted) * 2
 
 
+def own_loss_by_one_hot(y, predicted):
+    """Takes class numbers; of as many one-hot labels as there are classes it makes something."""
+    chosen = keras.ops.one_hot(keras.ops.cast(y, "int32"), 3)
+    return -keras.ops.sum(chosen * keras.ops.log(predicted), axis=-1)
+
+
+def own_loss_by_gathering(y, predicted):
+    """Takes class numbers; of one-hot labels it gathers the first two probabilities."""
+    import tensorflow as tf
+
+    chosen = tf.gather(predicted, tf.cast(y, tf.int32), axis=1, batch_dims=1)
+    return -tf.math.log(chosen)
+
+
 def test_labels_of_a_model_that_ends_in_one_number():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, "sigmoid")])
     model.compile("sgd", "binary_crossentropy", metrics=["accuracy"])
@@ -471,6 +510,12 @@ def test_labels_of_a_model_that_ends_in_one_number():
         ("mse", True),
         (own_sparse_loss, False),
         (own_one_hot_loss, True),
+        (own_loss_by_one_hot, False),
+        pytest.param(
+            own_loss_by_gathering,
+            False,
+            marks=pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="its gather"),
+        ),
         (["sparse_categorical_crossentropy"], False),
     ],
 )
