@@ -76,7 +76,7 @@ def record(given: argparse.Namespace) -> None:
         for index in range(given.of)
     ]  # fmt: skip
     try:
-        codes = [worker.wait() for worker in workers]  # of those that a signal ended, negative
+        codes = [worker.wait() for worker in workers]  # negative where a signal ended one
         sys.exit(any(codes))
     finally:
         for worker in workers:
