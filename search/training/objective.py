@@ -66,6 +66,7 @@ class Objective:
         Raises:
             ValueError: if the space's default point, or a known one, can't be used.
         """
+        self._begin(0)
         hp = keras_tuner.HyperParameters()
         space = self._space(self._search_images)
         model = space.build(hp)

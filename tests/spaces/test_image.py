@@ -185,8 +185,9 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (64, *SHAPE), dtype="uint8")
 LABELS = np.eye(10, dtype="float32")[np.arange(64) % 10]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mixed_bfloat16")
-@pytest.mark.parametrize("space", [pytest.param(CNN, marks=pytest.mark.slow), MLP])
+@pytest.mark.parametrize("space", [CNN, MLP])
 def test_a_saved_model_is_plain_keras_and_float32_at_its_end(space, tmp_path):
     model = space(SHAPE, 10, 12_800).build(point(SMALL[space]))
     assert not model.jit_compile

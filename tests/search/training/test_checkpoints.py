@@ -119,7 +119,11 @@ def _after_each_report(monkeypatch):
 
 @pytest.mark.parametrize(
     ("make", "kills"),
-    [pytest.param(averaged, (1, 2, 7), marks=pytest.mark.slow), (averaged, (3,)), (decayed, (3,))],
+    [
+        pytest.param(averaged, (1, 2, 7), marks=pytest.mark.slow),
+        (averaged, (3,)),
+        pytest.param(decayed, (3,), marks=pytest.mark.slow),
+    ],
 )
 def test_the_curve_is_that_of_a_training_left_alone(tmp_path, make, kills):
     expected, model, _ = train(make)

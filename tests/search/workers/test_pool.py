@@ -677,11 +677,9 @@ def real_pool(folder, body, device=None):
 
 @pytest.mark.parametrize(
     ("device", "gpus", "threads"),
-    [
-        pytest.param(Device(threads=1, gpu="1"), "1", "1", marks=pytest.mark.slow),
-        (Device(threads=3), "", "3"),
-    ],
+    [(Device(threads=1, gpu="1"), "1", "1"), (Device(threads=3), "", "3")],
 )
+@pytest.mark.slow
 def test_a_worker_has_its_devices_before_keras_is_imported(
     tmp_path, monkeypatch, device, gpus, threads
 ):
