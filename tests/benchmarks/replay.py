@@ -370,11 +370,12 @@ class Replay:
 
 
 class _Rungs:
-    """Promotions of asynchronous successive halving (Li et al., 2020), their Algorithm 2."""
+    """Promotions of asynchronous successive halving (Li et al., 2020), their Algorithm 2, at their
+    rungs: of a table's few points, doubled ones would leave none to be trained whole."""
 
     def __init__(self, first_rung: int, reduction_factor: int):
         self._factor = reduction_factor
-        self._pruner = SuccessiveHalvingOfReports(first_rung, reduction_factor)
+        self._pruner = Published(first_rung, reduction_factor)
         self._values: dict[int, list[float]] = {}  # by step
         self._paused: dict[int, list[tuple[float, _Run]]] = {}
 
