@@ -19,7 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search import artifacts, catalogue, journey, results
+import click
+
+from search import artifacts, catalogue, folders, journey, results
+from search.cli import cli
+from search.cli.options import Duration, Size
 from search.data import datasets, weights
 from search.errors import EXIT_USAGE, Interrupted, SearchError
 from search.storage import storage
@@ -116,9 +120,17 @@ def run(
             f"run() takes {', '.join(sorted(_OPTIONS))}. Received: {', '.join(unknown)}",
             exit_code=EXIT_USAGE,
         )
+    options = _as_the_command_takes_them(options)
+    folder, before = Path(out or "."), None
     if isinstance(study, Study):
         folder = Path(out or Path("runs") / study.name)
-        study = str(_written(study, folder))
+        path = folder / "study.py"
+        text = _text_of(study)
+        before = path.read_text() if path.exists() else None
+        if before != text:
+            with storage.lock(folder / folders.LOCK):  # another's workers may be reading it
+                artifacts.write_text(path, text)
+        study = str(path)
     entry = catalogue.find(study)
     folder = Path(out or Path("runs") / entry.name)
     try:
@@ -126,13 +138,33 @@ def run(
             outcome = journey.run(study, folder, options, view, final=retrain)
     except Interrupted:
         raise KeyboardInterrupt from None
+    except SearchError as error:
+        if error.exit_code == EXIT_USAGE and before is not None:  # refused: the file is the run's
+            artifacts.write_text(study, before)
+        raise
     opened = storage.read_study(outcome.url, entry.name)
     assert opened is not None
     return Result(folder, outcome.metrics, opened)
 
 
-def _written(study: Study, folder: Path) -> Path:
-    """The study as a file of the run's folder: what a command line, too, can go on with."""
+def _as_the_command_takes_them(options: dict[str, Any]) -> dict[str, Any]:
+    """Refuses what the command line refuses, by the same rules."""
+    types = {parameter.name: parameter.type for parameter in cli.params}
+    taken: dict[str, Any] = {}
+    for name, value in options.items():
+        if value is None:
+            continue
+        has_units = isinstance(types[name], Duration | Size)
+        try:
+            # Whole numbers as text, since 2.5 would be made 2.
+            taken[name] = types[name].convert(value if has_units else str(value), None, None)
+        except click.UsageError as error:
+            raise SearchError(f"run({name}=...): {error.message}", exit_code=EXIT_USAGE) from None
+    return taken
+
+
+def _text_of(study: Study) -> str:
+    """The study as a file: what a command line, too, can go on with."""
     roots: list[str] = []
     fields = {
         field.name: getattr(study, field.name)
@@ -154,11 +186,7 @@ def _written(study: Study, folder: Path) -> Path:
         lines += ["import sys", "", f"sys.path += {roots!r}", ""]
     lines += ["from studies.study import Study", "", "study = Study("]
     lines += [f"    {name}={value!r}," for name, value in fields.items()]
-    text = "\n".join([*lines, ")", ""])
-    path = folder / "study.py"
-    if not path.exists() or path.read_text() != text:
-        artifacts.write_text(path, text)
-    return path
+    return "\n".join([*lines, ")", ""])
 
 
 def _importable(thing: Any, field: str, roots: list[str]) -> str:

@@ -16,7 +16,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -294,15 +294,16 @@ class Coordinator:
         """Count and show a finished trial; stop if it shows that nothing can work."""
         value, state = ending["value"], ending["state"].lower()
         if checkpoint := self._checkpoint(trial.number):
-            self._when_stored.append(partial(Path(checkpoint).unlink, missing_ok=True))
+            self._when_stored.append(partial(_remove, Path(checkpoint)))
         self._num_finished += 1
+        num_reports = trial.num_reports
         logger.info(
             "trial %d %s %s after %d report%s, %.0f s; %d of %d finished",
             trial.number,
             state,
             f"({ending['reason']})" if value is None else results.decimal(value),
-            ending["step"],
-            "" if ending["step"] == 1 else "s",
+            num_reports,
+            "" if num_reports == 1 else "s",
             ending["seconds"],
             self._num_finished,
             self._settings.trials,
@@ -311,7 +312,7 @@ class Coordinator:
             self._logs.end(f"trial-{trial.number}", ending["state"], value, trial.params)
         self._note(trial.number)
         self._view.finished(
-            state, trial.number, value, reports=ending["step"], seconds=ending["seconds"]
+            state, trial.number, value, reports=num_reports, seconds=ending["seconds"]
         )
         self._view.saved = results.saved_share(self._study)
         if state != "fail":
@@ -340,3 +341,8 @@ class Coordinator:
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
+
+
+def _remove(checkpoint: Path) -> None:
+    with suppress(OSError):  # on a disk of many machines; the run's end removes what is left
+        checkpoint.unlink()

@@ -125,6 +125,8 @@ class _Journey:
     def go(self, final: bool) -> Outcome:
         if outcome := self._already_done(final):
             assert self._study is not None
+            if self._options.get("log"):
+                logger.warning("--log writes of trials while they run: all are finished")
             if not drawing.is_drawn(self._study, self._folder, self._entry.summary):
                 self._report()
             return outcome
@@ -275,6 +277,8 @@ class _Journey:
         )
         self._study.set_user_attr("run", record)
         self._has_begun = True
+        for line in run_record.changed(run, record):
+            logger.warning(line)
         notes.name_metric(self._study)
         logger.info(
             "study %s: %d trials, %s%s, %d %s%s",
@@ -304,6 +308,11 @@ class _Journey:
         if run := self._run():
             run_record.refuse_differences(
                 run["fixed"], settings.fixed(), settings.name, str(self._folder)
+            )
+            kept = {name: run["told"].get(name) for name in run_record.OF_WINNERS}
+            settings = dataclasses.replace(
+                settings,
+                **{n: v for n, v in kept.items() if v is not None and self._options.get(n) is None},
             )
         if self._options.get("search") is False:
             settings = dataclasses.replace(settings, trials=self._num_finished())
@@ -366,6 +375,7 @@ class _Journey:
 
         def saved(job: Job) -> None:
             keep(job)
+            results.count_tested(study, job.record)
             if self._snapshots:
                 self._snapshots.take_if_due()
 

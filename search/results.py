@@ -10,8 +10,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 
+ACCURACY = "validation accuracy"
 # Parts of the data as published figures name them -> as winners do.
 PARTS = {"train": "train", "val": "validation", "test": "test"}
+_TESTED = "tested"  # a study's attribute: hashes of models
 _SHOWN_ELSEWHERE = ("known_point", "seconds", "reason", "stderr", "traceback")
 
 
@@ -119,6 +121,14 @@ def chosen(study: optuna.Study, top: int, number: int | None) -> list[FrozenTria
     )
 
 
+def value_name(run: Mapping[str, Any]) -> str:
+    """What a trial's value is, of a study with this attribute `run`: "validation accuracy", or
+    "value" where an objective, or the space's own `fit`, returns what it likes."""
+    kind = run.get("fixed", {}).get("kind", "objective")
+    is_returned = kind == "objective" or (kind != "comparison" and run.get("own_fit"))
+    return "value" if is_returned else ACCURACY
+
+
 def best_step(trial: FrozenTrial) -> int:
     """The report with the trial's best value, from 1; of equals, the earlier one."""
     values = trial.intermediate_values
@@ -179,6 +189,31 @@ def diverged(figures: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name} has no figures: it diverged with every seed ({lost['reason']})"
 
 
+def count_tested(study: optuna.Study, record: Mapping[str, Any]) -> None:
+    """Keep of each model that its figures on the test set have been seen, also of those that are no
+    more: who retrains until one is good has chosen by them."""
+    seen = study.user_attrs.get(_TESTED, [])
+    if "evaluation" in record and record["model_sha256"] not in seen:
+        study.set_user_attr(_TESTED, [*seen, record["model_sha256"]])
+
+
+def num_tested(study: optuna.Study) -> int:
+    """Models of this study whose figures on the test set have been seen."""
+    return len(study.user_attrs.get(_TESTED, []))
+
+
+def tested_besides(figures: Mapping[str, Any]) -> str:
+    """A line where more models have been tested than metrics.json has figures of, else ""."""
+    shown = sum(len(winner["seeds"]) for winner in figures["winners"])
+    tested = figures.get("tested", 0)
+    if tested <= shown:
+        return ""
+    return (
+        f"the test set has been used for {tested} models of this study, and {shown} are shown: "
+        "chosen among them by their test figures, the best would look too good"
+    )
+
+
 def point_name(params: Mapping[str, Any]) -> str:
     """A point of one hyperparameter is named by its value."""
     if len(params) == 1:
@@ -220,7 +255,7 @@ def _row(trial: FrozenTrial, run: Mapping[str, Any]) -> Row:
         state=trial.state.name.lower(),
         value=trial.value if trial.state == TrialState.COMPLETE else None,
         last_value=None if last is None else trial.intermediate_values[last],
-        reports=last or 0,
+        reports=len(trial.intermediate_values),
         seconds=attrs.get("seconds"),
         attempts=len(attrs.get("attempts", [])),
         reason=attrs.get("reason", ""),

@@ -17,10 +17,15 @@ from search.workers.protocol import Message
 # read right. Better refused than half understood.
 FORMAT = 1
 
+# What a call that does not say it takes from the one before: typed once more, the command that
+# began a run leaves alone what `retrain` has made of it.
+OF_WINNERS = ("top", "seeds", "final_epochs")
+
 # What the workers find out before the first trial.
 _MEASURED = (
     *("num_reports", "images_per_report", "images_per_epoch", "num_images", "precision"),
     "pretrained",  # which known points begin from the study's weights
+    "own_fit",  # whether the space's own `fit` says what a trial's value is
 )
 
 
@@ -95,12 +100,23 @@ def told(
 ) -> dict[str, Any]:
     """What may change from one call to the next. One that has nothing left to search keeps what
     the search was told: its trials are those of another sampler, pruner and precision."""
-    now: dict[str, Any] = {"final_epochs": settings.final_epochs}
+    now: dict[str, Any] = {name: getattr(settings, name) for name in OF_WINNERS}
     if before is None or settings.kind == "comparison" or searches:
         now |= {name: getattr(settings, name) for name in ("trials", "sampler", "pruner")}
         # So many trials run while TPE draws the next.
         now |= {"precision": precision, "workers": workers}
     return (before["told"] if before else {}) | now
+
+
+def changed(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """What the trials to come have otherwise than those before, a line each."""
+    told = before["told"] if before else {}
+    return [
+        f"{name} was {told[name]} until now: trials from here on have {now['told'][name]}, and "
+        "reports and `repeat` know of that alone"
+        for name in ("sampler", "pruner", "precision")
+        if told.get(name) not in (None, now["told"][name])
+    ]
 
 
 def made_with(before: dict[str, Any] | None) -> list[dict[str, Any]]:

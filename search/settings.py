@@ -16,8 +16,15 @@ FIXED = (
     *("dataset", "epochs", "images_per_report", "batch_size", "average_weights"),
     *("seed", "kind", "weights"),
 )
-# Options without a meaning where named points are trained as they are.
-NOT_OF_A_COMPARISON = ("trials", "time_budget", "sampler", "pruner", "top", "final_epochs")
+# Options without a meaning, by the kind of study.
+USELESS = {
+    "comparison": (
+        *("trials", "time_budget", "trial_timeout", "sampler", "pruner", "top", "final_epochs"),
+    ),
+    "objective": (
+        *("dataset", "epochs", "precision", "top", "seeds", "final_epochs", "cache_size"),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +86,16 @@ def resolve(described: Message, file: str, options: dict[str, Any]) -> Settings:
 
 
 def _refuse_useless(own: dict[str, Any], given: dict[str, Any]) -> None:
-    useless = [name for name in NOT_OF_A_COMPARISON if name in given]
-    if own["kind"] == "comparison" and useless:
+    useless = [name for name in USELESS.get(own["kind"], ()) if name in given]
+    if useless:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
-        raise SearchError(
-            f"study {own['name']!r} compares {own['trials']} named points and searches nothing: "
-            f"{options} can't apply. Leave it out; --seeds and --epochs apply",
-            exit_code=EXIT_USAGE,
-        )
+        why = "has an objective of its own, and no model of ours: {} can't apply. Leave it out"
+        if own["kind"] == "comparison":
+            why = (
+                f"compares {own['trials']} named points and searches nothing: {{}} can't apply. "
+                "Leave it out; --seeds and --epochs apply"
+            )
+        raise SearchError(f"study {own['name']!r} {why.format(options)}", exit_code=EXIT_USAGE)
     if "weights" in given and not own.get("weights"):
         raise SearchError(
             f"study {own['name']!r} begins from no pretrained weights, so --weights can't apply. "

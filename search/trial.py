@@ -79,6 +79,11 @@ class UnfinishedTrial:
         """Those suggested so far."""
         return self._storage.get_trial(self._id).params
 
+    @property
+    def num_reports(self) -> int:
+        """Stored ones, of all attempts."""
+        return len(self._storage.get_trial(self._id).intermediate_values)
+
     def reports(self, until: int) -> list[tuple[int, float, dict[str, float]]]:
         """Step, value and figures of what was reported up to a step, by whichever attempt."""
         stored = self._storage.get_trial(self._id)
@@ -250,8 +255,10 @@ class UnfinishedTrial:
         self._attempts[-1] |= {"end": ending["time"], "reason": kind or "complete"}
         self._set("attempts", self._attempts)
         self._set("seconds", ending["seconds"])
+        stored = self._storage.get_trial(self._id).user_attrs
         for name, figure in ending["speed"].items():
-            if isinstance(figure, int | float):  # an objective may say anything
+            # An objective may say anything, but not in the place of what is kept of the trial.
+            if isinstance(figure, int | float) and name not in RESERVED | stored.keys():
                 self._set(name, round(figure, 3))
         if kind:
             self._set("reason", f"{kind}: {ending['reason']}")

@@ -75,7 +75,8 @@ def repeat(study: str, out: Path | None, storage: str | None, trial: int, **valu
 
     opened, _ = runs.opened(study, out, storage)
     stored = runs.stored_options(study, out, storage)
-    with tempfile.TemporaryDirectory() as folder, runs.watched(values) as view:
+    anew = "the same command begins the trial anew"
+    with tempfile.TemporaryDirectory() as folder, runs.watched(values, anew) as view:
         file = catalogue.find(study).file
         repeated = repeating.repeat(opened, trial, file, Path(folder), stored, view)
     listing.print_repeated(repeated)

@@ -22,7 +22,8 @@ class Duration(click.ParamType):
     name = "TIME"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", str(value))
+        text = f"{value}s" if isinstance(value, int | float) else str(value)  # run() gives seconds
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
         seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
         if not 0 < seconds <= _YEAR:
             self.fail(
@@ -37,11 +38,12 @@ class Size(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([MGT]?)", str(value))
-        if not match or (not match[2] and float(match[1])):
+        is_bytes = isinstance(value, int)  # as run() gives them
+        if not match or not (match[2] or is_bytes or float(match[1]) == 0):
             self.fail(
                 f"a size is a number and M, G or T, such as 8G, or 0. Received: {str(value)[:40]!r}"
             )
-        return int(float(match[1]) * _BYTES[match[2]])
+        return int(float(match[1]) * (1 if is_bytes else _BYTES[match[2]]))
 
 
 class Epochs(click.FloatRange):
@@ -110,9 +112,10 @@ running = _options(
     cluster,
     click.option("--precision", type=click.Choice(PRECISIONS),
                  help="[default: auto; to retrain, the search's]"),
-    click.option("--top", type=click.IntRange(1, 1000), help="Winners to retrain.  [default: 1]"),
-    click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True,
-                 help="Trainings of each winner."),
+    click.option("--top", type=click.IntRange(1, 1000),
+                 help="Winners to retrain.  [default: 1, or what the run was told before]"),
+    click.option("--seeds", type=click.IntRange(1, 1000),
+                 help="Trainings of each winner.  [default: 3, or what the run was told before]"),
     click.option("--final-epochs", type=Epochs(),
                  help="Of a winner's training.  [default: the study's, else as served it best; to "
                  "retrain, the run's]"),

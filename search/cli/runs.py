@@ -34,17 +34,18 @@ def journey(study: str, out: Path | None, values: dict[str, Any]) -> None:
 
 
 @contextmanager
-def watched(values: dict[str, Any]) -> Iterator[View]:
-    """The terminal's picture of long work; a signal ends the command with its exit code."""
+def watched(
+    values: dict[str, Any], interrupted: str = "nothing is lost, the same command goes on"
+) -> Iterator[View]:
+    """The terminal's picture of long work; a signal ends the command with its exit code, and says
+    what is left then."""
     from search.view.progress import View
 
     try:
         with View(values.pop("verbose") - values.pop("quiet")) as view:
             yield view
     except Interrupted as error:
-        click.echo(
-            "fmnist-search: interrupted; nothing is lost, the same command goes on", err=True
-        )
+        click.echo(f"fmnist-search: interrupted; {interrupted}", err=True)
         sys.exit(128 + error.number)
 
 
@@ -77,12 +78,15 @@ def same_run(study: str, out: Path | None, url: str | None) -> str:
 
 def stored_options(study: str, out: Path | None, url: str | None) -> dict[str, Any]:
     """What the run began with, so that `retrain` need not be told again."""
+    from search.settings import USELESS
+
     found, _ = opened(study, out, url)
     run = found.user_attrs.get("run")
     if run is None:
         return {}
-    options = {name: value for name, value in run["fixed"].items() if name != "kind"}
+    options = dict(run["fixed"])
+    useless = USELESS.get(options.pop("kind"), ())
     references = {name: run.get(name) for name in ("dataset", "weights")}
     options |= {name: known["reference"] for name, known in references.items() if known}
-    told = ["precision"] + ["final_epochs"] * (run["fixed"]["kind"] != "comparison")
-    return options | {name: run["told"][name] for name in told}
+    options |= {name: run["told"][name] for name in ("precision", "final_epochs")}
+    return {name: value for name, value in options.items() if name not in useless}

@@ -186,11 +186,14 @@ def _main(
         given = {"x": "x_train", "y": "y_train", "batch_size": "BATCH_SIZE", "epochs": "EPOCHS"}
     written = [text for callback in callbacks if (text := _callback(callback))]
     lines += _left_out(callbacks)
-    if getattr(model.optimizer, "use_ema", False) and any(
-        getattr(callback, "restore_best_weights", False) for callback in callbacks
-    ):
-        lines.append("    # The best weights are those of the average.")
-        written.insert(0, "keras.callbacks.SwapEMAWeights(swap_on_epoch=True)")
+    if getattr(model.optimizer, "use_ema", False):
+        lines.append(
+            "    # The search's own average of the weights is of more steps, the longer it"
+        )
+        lines.append("    # trains; Keras's is of as many from the first to the last.")
+        if any(getattr(callback, "restore_best_weights", False) for callback in callbacks):
+            lines.append("    # The best weights are those of the average.")
+            written.insert(0, "keras.callbacks.SwapEMAWeights(swap_on_epoch=True)")
     if written:
         if not own_fit and any(re.search("patience|cooldown", text) for text in written):
             lines.append("    # Patience and cooldown are counted in reports.")

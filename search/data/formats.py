@@ -207,6 +207,9 @@ class _Npz:
         names = tuple(array.astype(str).tolist())
         seen = {""}
         for at, name in enumerate(names):
+            if not is_utf8(name):  # no page could show it
+                received = f"class_names[{at}] is {name!a}"
+                raise self._refused("class_names are UTF-8", received, _FIXES["class"])
             if name in seen:
                 rule = "class_names differ and none is empty"
                 received = f"class_names[{at}] is {name!r}"
@@ -261,6 +264,10 @@ class _Npz:
     def _scale(self, x: np.ndarray, part: str) -> int:
         """255 where 1 is white, else 1. x_train alone decides, so that it is read alone."""
         if part == "train":
+            if x.dtype.kind in "iu" and x.max(initial=0) == 1:
+                # As PNGs, to predict them, they would be 255 times as bright.
+                fix = "multiply them by 255, or save them as bool or floats"
+                raise self._refused("x_train of whole numbers is 0-255", "none above 1", fix)
             return 255 if _is_unit(x) else 1
         _, dtype = self._header("x_train")
         train = self._read("x_train") if dtype.kind == "f" else np.empty(0, dtype)
@@ -315,6 +322,14 @@ def _first(array: np.ndarray, is_wrong: Callable[[np.ndarray], Any]) -> tuple[in
 
 def _element(key: str, array: np.ndarray, at: tuple[int, ...]) -> str:
     return f"{key}[{', '.join(str(i) for i in at)}] is {array[at]}"
+
+
+def is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_unit(x: np.ndarray) -> bool:

@@ -23,6 +23,7 @@ import math
 import os
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from numpy.lib import format as npy
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from search.data import fetching
-from search.data.formats import NPZ_KEYS, Arrays, Shape
+from search.data.formats import NPZ_KEYS, Arrays, Shape, is_utf8
 from search.errors import SearchError
 
 logger = logging.getLogger("search")
@@ -104,6 +105,8 @@ def prepare(folder: Path) -> str:
             ) from error
     if meta["note"]:
         logger.info("%s", meta["note"])
+    for line in _left_out(folder):
+        logger.warning("%s", line)
     return meta["sha256"]
 
 
@@ -190,6 +193,26 @@ def _has_train(folder: Path) -> bool:
     return bool(_folders(folder / "train")) or {"train"} <= names <= {"train", "test"}
 
 
+def _left_out(folder: Path) -> Iterator[str]:
+    """What somebody may think is read, a line each."""
+    tops = [folder]
+    if _has_train(folder):
+        tops = [folder / "train", folder / "test"]
+        for other in _folders(folder):
+            if other not in tops:
+                yield f"{other} is not read: a folder's parts are train/ and test/"
+    others = Counter(
+        "folders" if path.is_dir() else path.suffix or "no suffix"
+        for top in tops
+        for of_class in _folders(top)
+        for path in of_class.iterdir()
+        if path.name[0] != "." and (path.is_dir() or not path.name.lower().endswith(SUFFIXES))
+    )
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+        yield f"in {folder} {kinds} beside images are not read: images are {', '.join(SUFFIXES)}"
+
+
 def _state(path: Path, folder: Path) -> tuple[str, int, int]:
     status = path.stat()
     return str(path.relative_to(folder)), status.st_size, status.st_mtime_ns
@@ -209,7 +232,7 @@ def _images_by_class(top: Path) -> _Images:
         raise _refused(top, "it holds 2 or more folders, one for each class", received, fix)
     images: _Images = {}
     for folder in folders:
-        if not _is_utf8(folder.name):  # no page could show it
+        if not is_utf8(folder.name):  # no page could show it
             raise _refused(top, "class names are UTF-8", ascii(folder.name), "rename the folder")
         names = [name for name in os.listdir(folder) if name.lower().endswith(SUFFIXES)]
         images[folder.name] = [folder / name for name in sorted(names) if name[0] != "."]
@@ -218,14 +241,6 @@ def _images_by_class(top: Path) -> _Images:
             fix = "put images there, or take the folder away"
             raise _refused(folder, f"it holds images ({', '.join(SUFFIXES)})", received, fix)
     return images
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_parts(folder: Path, train: _Images, test: _Images) -> None:

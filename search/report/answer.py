@@ -53,7 +53,7 @@ def _without_metrics(run: Run) -> list[Html]:
         label = results.begun_from(run.started, best.number, best.user_attrs)
         begun_from = f", begun from {label}" if label else ""
         remark = f"of trial {best.number}, so far the best{begun_from}"
-        is_share = run.kind != "objective"
+        is_share = run.value_name == results.ACCURACY
         made.append(_big(best.value or 0.0, run.value_name, remark, as_share=is_share))
     made += [page.note(_WHY_NO_METRICS[run.kind]), page.tiles(_costs(run))]
     if best and run.is_comparison:
@@ -92,7 +92,11 @@ def _hero(run: Run) -> list[Html]:
         else "of one seed: its spread is not known"
     )
     validation = winner["validation_accuracy"]
-    known = "" if validation is None else f". Validation accuracy {100 * validation:.2f} %"
+    known = ""
+    if validation is not None:
+        is_share = run.value_name == results.ACCURACY
+        reached = f"{100 * validation:.2f} %" if is_share else short(validation)
+        known = f". {run.value_name.capitalize()} {reached}"
     what = "test accuracy"
     if run.is_comparison:
         what += f" of {name_of(winner, run)}, the best on validation data"
@@ -121,6 +125,8 @@ def _remarks(run: Run) -> Iterable[Html]:
             f"{', '.join(random)}: from random weights, where the published model begins from "
             "pretrained ones. The figures are not those of the published method.", warns=True
         )  # fmt: skip
+    if line := results.tested_besides(run.metrics):
+        yield page.note(f"{line[0].upper()}{line[1:]}.", warns=True)
     for line in results.diverged(run.metrics):
         yield page.note(f"{line}.", warns=True)
     for winner in run.winners:

@@ -84,7 +84,10 @@ def distribution_figure(counts: Mapping[str, Sequence[int]], names: Sequence[str
 
 
 def again_parts(run: Run) -> list[Html]:
-    made = [page.heading("The same run"), page.code(command(run))]
+    made = [
+        page.heading("The same run", "In another folder: add --out."),
+        page.code(command(run)),
+    ]
     if run.metrics:
         config = run.folder / "configs" / "best.yaml"
         made += [
@@ -104,7 +107,8 @@ def command(run: Run) -> str:
     fixed, described = started["fixed"], started["described"]
     told = started["told"]
     words = ["fmnist-search", "--study", started["file"] or run.name]
-    words += ["--epochs", f"{fixed['epochs']:g}", "--seed", str(fixed["seed"])]
+    words += [] if run.kind == "objective" else ["--epochs", f"{fixed['epochs']:.15g}"]
+    words += ["--seed", str(fixed["seed"])]
     for name in ("dataset", "weights"):
         known = started[name]
         if known and known["reference"] != described.get(name):
@@ -117,10 +121,10 @@ def command(run: Run) -> str:
         if told[name]:
             words += [f"--{name}", told[name]]
     if run.metrics and not run.is_comparison:
-        words += ["--top", str(len(run.winners))]
+        words += ["--top", str(len(run.winners) + len(run.metrics.get("diverged", [])))]
         final_epochs = told["final_epochs"]
         if final_epochs not in (None, described.get("final_epochs")):
-            words += ["--final-epochs", f"{final_epochs:g}"]
+            words += ["--final-epochs", f"{final_epochs:.15g}"]
     if run.metrics:
         words += [
             "--seeds",

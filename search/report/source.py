@@ -52,7 +52,7 @@ class Run:
 
     @property
     def value_name(self) -> str:
-        return "value" if self.kind == "objective" else "validation accuracy"
+        return results.value_name(self.started)
 
     @property
     def winners(self) -> Sequence[Winner]:

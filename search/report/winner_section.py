@@ -107,7 +107,13 @@ def _training(run: Run, winner: Winner, predictions: Mapping[str, np.ndarray]) -
     if gaps := training_figures.gap(training):
         caption = (
             f"At the end {100 * gaps[-1]:+.1f} points. Above zero it knows its training images "
-            "better than others; below, dropout or augmentation make training harder."
+            "better than others; below, dropout or augmentation make training harder"
+            + (
+                ", or the averaged weights, of which validation figures are, are ahead of those of "
+                "the steps, of which training figures are."
+                if run.started["fixed"].get("average_weights")
+                else "."
+            )
         )
         title = "Training less validation accuracy"
         made.append(page.plot(title, training_figures.gap_figure(training, x), caption, height=300))

@@ -13,7 +13,7 @@ import os
 import re
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +69,7 @@ class Snapshots:
                     target.execute("PRAGMA journal_mode=delete")
                 if problem := problem_of(beside, patience=0):  # the search goes on meanwhile
                     raise SearchError(f"{self._database} is damaged: {problem}")
-            for old in _snapshots(self._database)[KEPT:]:
+            for old in taken_of(self._database)[KEPT:]:
                 old.unlink(missing_ok=True)
         except (SearchError, sqlite3.Error) as error:
             logger.warning("no snapshot of the study: %s", error)
@@ -77,9 +77,10 @@ class Snapshots:
     def _stamp(self) -> str:
         """The clock's, but later than all there are: it may have been set back."""
         now = _now()
-        for newest in _snapshots(self._database)[:1]:
-            last = calendar.timegm(time.strptime(newest.stem[-15:], _STAMP))
-            now = max(now, time.strftime(_STAMP, time.gmtime(last + 1)))
+        for newest in taken_of(self._database)[:1]:
+            with suppress(ValueError):  # somebody else's file, of a 99th month
+                last = calendar.timegm(time.strptime(newest.stem[-15:], _STAMP))
+                now = max(now, time.strftime(_STAMP, time.gmtime(last + 1)))
         return now
 
 
@@ -95,23 +96,31 @@ def restore(database: Path) -> Restored:
             f"the study file {database} is sound: there is nothing to repair",
             exit_code=EXIT_USAGE,
         )
-    for snapshot in _snapshots(database):
+    for snapshot in taken_of(database):
         if problem_of(snapshot):
             continue
         aside = None
-        if database.exists():
-            aside = database.with_name(f"{database.name}.damaged-{_now()}")
-            os.replace(database, aside)
-        for rest in ("-wal", "-shm"):  # they belong to the damaged one
-            database.with_name(database.name + rest).unlink(missing_ok=True)
         with artifacts.write_atomically(database) as beside:
+            # First, so that a full disk or a kill leaves what there is where it is.
             beside.write_bytes(snapshot.read_bytes())
+            if database.exists():
+                aside = database.with_name(f"{database.name}.damaged-{_now()}")
+                _keep(database, aside)
+            for rest in ("-wal", "-shm"):  # they belong to the damaged one
+                database.with_name(database.name + rest).unlink(missing_ok=True)
         return Restored(snapshot, _num_finished(database), aside)
     raise SearchError(
         f"the study file {database} is {(problem and f'damaged ({problem})') or 'missing'} and no "
         f"sound snapshot lies in {_folder(database)}; put a copy of it back, or take another --out",
         exit_code=EXIT_DAMAGED,
     )
+
+
+def _keep(database: Path, aside: Path) -> None:
+    try:
+        os.link(database, aside)
+    except OSError:  # it is a folder, or on a file system without links
+        os.replace(database, aside)
 
 
 def _now() -> str:
@@ -122,7 +131,7 @@ def _folder(database: Path) -> Path:
     return database.parent / _FOLDER
 
 
-def _snapshots(database: Path) -> list[Path]:
+def taken_of(database: Path) -> list[Path]:
     """The newest first; those of study-2.db are not study.db's."""
     name = re.compile(rf"{re.escape(database.stem)}-\d{{8}}-\d{{6}}\.db")
     found = (path for path in _folder(database).glob("*.db") if name.fullmatch(path.name))

@@ -116,7 +116,7 @@ class SqliteFile(Database):
         from search.storage.patience import cause_of, code_of
 
         if code_of(error) in _DAMAGE:
-            return _damaged(self.path, str(cause_of(error)))
+            return _unusable(self.path, f"damaged ({cause_of(error)})")
         needed = f" ({_needed(self.path)})" if code_of(error) == sqlite3.SQLITE_FULL else ""
         return SearchError(
             f"the study {self.path} can't be written: {cause_of(error)}{needed}; free space or "
@@ -125,10 +125,14 @@ class SqliteFile(Database):
         )
 
     def _check_file(self, **trying: Any) -> None:
-        """Raises SearchError if there is a file that is no sound database: never a silent new
-        one."""
+        """Raises SearchError if there is a file that is no sound database, or only snapshots of
+        one: never a silent new one."""
+        from search.storage.snapshots import taken_of
+
         if problem := problem_of(self.path, **trying):
-            raise _damaged(self.path, problem)
+            raise _unusable(self.path, f"damaged ({problem})")
+        if not self.path.exists() and taken_of(self.path):
+            raise _unusable(self.path, "missing, though there are snapshots of it")
 
 
 def problem_of(path: Path, **trying: Any) -> str:
@@ -213,9 +217,9 @@ def _needed(path: Path) -> str:
     return f"it needs {size} bytes, {shutil.disk_usage(path.parent).free} are free"
 
 
-def _damaged(path: Path, problem: str) -> SearchError:
+def _unusable(path: Path, how: str) -> SearchError:
     return SearchError(
-        f"the study file {path} is damaged ({problem}); `fmnist-search repair` with the same "
-        "--study and --out puts the newest snapshot back; or move it away to begin anew",
+        f"the study file {path} is {how}; `fmnist-search repair` with the same --study and --out "
+        "puts the newest snapshot back; or move it and its snapshots away to begin anew",
         exit_code=EXIT_DAMAGED,
     )

@@ -16,7 +16,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,24 +213,32 @@ def lock(path: Path) -> Iterator[None]:
     behind by a kill stops nobody.
 
     Raises:
-        SearchError: at once, naming the holder, if another process has it.
+        SearchError: at once, naming the holder, if another process has it; or if its file system
+            knows no locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise _unlockable(path, error) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise held_by(holder, "--out") from None
+        except OSError as error:
+            os.close(descriptor)
+            raise _unlockable(path, error) from None
         # The holder before us removes the file when it ends: what we locked must still be it.
         if _still_at(path, descriptor):
             break
         os.close(descriptor)
     try:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with suppress(OSError):  # a full disk: what the run needs of it is looked at later
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -284,3 +292,12 @@ def _still_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def _unlockable(path: Path, error: OSError) -> SearchError:
+    return SearchError(
+        f"{path} can't be locked for this run alone ({error.strerror}): its folder must be one "
+        "that this user writes, on a file system with locks (NFS and Lustre may have none). Remove "
+        "that file if it is somebody else's or a link, or take another --out",
+        exit_code=EXIT_USAGE,
+    )

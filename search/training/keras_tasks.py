@@ -118,13 +118,15 @@ class KerasTasks(Objective):
         from search.winners import evaluation
 
         path, pictures = Path(message["path"]), message["pictures"]
-        evaluation.predict_test(
+        problem = evaluation.predict_test(
             Path(message["model"]),
             self._settings["dataset"],
             path,
             message["history"],
             pictures_path=pictures,
         )
+        if problem:
+            return {"outcome": "diverged", "reason": problem}
         return {
             "outcome": "complete",
             "sha256": artifacts.sha256(path),

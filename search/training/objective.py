@@ -85,6 +85,7 @@ class Objective:
             "images_per_epoch": len(self._data.at.train),
             "num_images": len(self._data.everywhere),
             "pretrained": [self._is_pretrained(point) for point in self._study.known_points],
+            "own_fit": trains_itself(self._study.space),
         }
 
     def trial(self, trial: RemoteTrial, message: Message) -> Message:

@@ -37,16 +37,15 @@ _FIGURES = ("accuracy", "loss", "precision", "recall", "f1", "roc_auc")
 
 
 def print_studies(entries: list[Entry], runs: Path) -> None:
-    """The known studies, then those that have been run from a file of the user's."""
+    """The known studies, then other runs: of a file of the user's, or in folders of other names."""
     table = _table("study", "question", "run")
-    summaries = {entry.name: entry.summary for entry in entries}
-    summaries |= {
-        file.parent.name: ""
-        for file in runs.glob("*/study.db")
-        if file.parent.name not in summaries
-    }
-    for name, summary in summaries.items():
-        table.add_row(escape(name), escape(summary), _run_of(runs / name, name))
+    found = {(entry.name, runs / entry.name): entry.summary for entry in entries}
+    for file in sorted(runs.glob("*/study.db")):
+        for name in _names_in(file.parent):
+            found.setdefault((name, file.parent), "")
+    for (name, folder), summary in found.items():
+        where = "" if folder.name == name else f", in {folder}"
+        table.add_row(escape(name), escape(summary), escape(_run_of(folder, name) + where))
     _console.print(table)
 
 
@@ -124,7 +123,8 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
     settings = outcome.settings
     what = "points compared" if settings.kind == "comparison" else "trials finished"
     _console.print(
-        f"\n[bold]{settings.name}[/bold]: {outcome.num_finished} of {settings.trials} {what}"
+        f"\n[bold]{settings.name}[/bold]: {outcome.num_finished} of "
+        f"{max(settings.trials, outcome.num_finished)} {what}"
     )
     if outcome.best and not outcome.metrics:
         number, value, weights = outcome.best
@@ -220,7 +220,8 @@ def _print_winners(figures: dict[str, Any]) -> None:
     )
     winners = figures["winners"]
     table = _table("", *(f"trial {winner['trial']}" for winner in winners))
-    table.add_row("validation accuracy", *(f"{w['validation_accuracy']:.4f}" for w in winners))
+    name = search.get("value_name", results.ACCURACY)
+    table.add_row(name, *(f"{w['validation_accuracy']:.4f}" for w in winners))
     for name in _FIGURES:
         figures_ = (results.spread(w["test"], name, len(w["seeds"])) for w in winners)
         table.add_row(f"test {name}", *figures_)
@@ -236,6 +237,8 @@ def _print_winners(figures: dict[str, Any]) -> None:
             f"{ensemble['test']['accuracy']:.4f}, loss {ensemble['test']['loss']:.4f}"
         )
     for line in results.diverged(figures):
+        _say(line)
+    if line := results.tested_besides(figures):
         _say(line)
 
 
@@ -262,6 +265,8 @@ def _print_compared(figures: dict[str, Any]) -> None:
     if published.rows:
         _console.print(published)
     for line in results.diverged(figures):
+        _say(line)
+    if line := results.tested_besides(figures):
         _say(line)
     seconds = figures["search"]["seconds"]
     _console.print(f"trained in {duration(seconds)}")
@@ -314,6 +319,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return value
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Of a run folder's studies; its own name where they can't be read."""
+    try:
+        return storage.at(storage.url_in(folder, None)).names() or [folder.name]
+    except SearchError:
+        return [folder.name]
 
 
 def _run_of(folder: Path, name: str) -> str:

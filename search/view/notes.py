@@ -151,7 +151,7 @@ def _of_trial(study: optuna.Study, trial: FrozenTrial, standing: Standing | None
 
 def _ending(trial: FrozenTrial, num_reports: int | None, standing: Standing | None) -> str:
     """One line: how it ended, after how much, and why."""
-    reports = trial.last_step or 0
+    reports = len(trial.intermediate_values)
     of = f" of {num_reports}" if num_reports else ""
     seconds = trial.user_attrs.get("seconds")
     took = f", {seconds:.0f} s" if seconds is not None else ""
@@ -213,6 +213,7 @@ def _best_so_far(study: optuna.Study, trial: FrozenTrial) -> Iterator[str]:
 
 def _answer(study: optuna.Study, figures: Mapping[str, Any]) -> Iterator[str]:
     first, search = figures["winners"][0], figures["search"]
+    value_name = search.get("value_name", results.ACCURACY)
     accuracy = results.spread(first["test"], "accuracy", len(first["seeds"]))
     begun_from = f", begun from {first['weights']}" if first["weights"] else ""
     yield f"## Trial {first['trial']}: test accuracy {accuracy}{begun_from}"
@@ -221,11 +222,11 @@ def _answer(study: optuna.Study, figures: Mapping[str, Any]) -> Iterator[str]:
         f"{search['trials']} trials: {search['complete']} complete, {search['pruned']} pruned, "
         f"{search['fail']} failed, in {search['seconds'] / 60:.1f} minutes; "
         f"{search['saved_share']:.0%} of the training saved by pruning. Winners are chosen by "
-        "validation alone and measured once on the test set."
+        f"validation alone; {results.tested_besides(figures) or 'each model is tested once'}."
     )
     yield ""
     yield from _table(
-        ("winner", "validation accuracy", "test accuracy", "seeds", "epochs", "parameters"),
+        ("winner", value_name, "test accuracy", "seeds", "epochs", "parameters"),
         (
             (
                 f"trial {winner['trial']}",
@@ -247,8 +248,7 @@ def _answer(study: optuna.Study, figures: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _metric(study: optuna.Study) -> str:
-    kind = study.user_attrs.get("run", {}).get("fixed", {}).get("kind", "objective")
-    return "value" if kind == "objective" else "validation accuracy"
+    return results.value_name(study.user_attrs.get("run", {}))
 
 
 def _scaled(number: float) -> str:

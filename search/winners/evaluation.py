@@ -31,7 +31,7 @@ def predict_test(
     history: Mapping[str, Sequence[float]],
     *,
     pictures_path: str | Path | None = None,
-) -> None:
+) -> str:
     """Lets a saved model classify the test set and writes what it said. Runs in a worker.
 
     Args:
@@ -43,12 +43,18 @@ def predict_test(
         pictures_path: another `.npz` to write, of what the report's pictures show
             (search/winners/pictures.py).
 
+    Returns:
+        What is wrong with what it said, where nothing is written since nothing can be measured; ""
+        else.
+
     Raises:
         SearchError: if the test set is unusable, the model does not fit it, or the disk is full.
     """
     x, y = datasets.load_test(dataset)
     model = _loaded(model_path, x)
     probabilities = _predict(model, x)
+    if num_bad := _num_not_finite(probabilities):
+        return f"outputs that are not finite for {num_bad} of {len(x)} test images"
     arrays: dict[str, Any] = {"probabilities": probabilities, "labels": y}
     arrays |= {f"history_{name}": np.asarray(values, float) for name, values in history.items()}
     with artifacts.write_atomically(out_path) as temporary:
@@ -56,6 +62,7 @@ def predict_test(
     if pictures_path is not None:
         train = datasets.load_train(dataset)
         pictures.write(pictures_path, model, (x, y), probabilities, train)
+    return ""
 
 
 def predict(model_path: str | Path, x: np.ndarray) -> np.ndarray:
@@ -211,8 +218,7 @@ def _check(probabilities: np.ndarray, labels: np.ndarray, class_names: Sequence[
             f"There is a row for each label and a column for each class: {wanted}. "
             f"Received: probabilities of shape {probabilities.shape}"
         )
-    if not np.isfinite(probabilities).all():
-        num_bad = int((~np.isfinite(probabilities)).any(axis=1).sum())
+    if num_bad := _num_not_finite(probabilities):
         raise SearchError(
             f"Probabilities are finite. Received: NaN or inf for {num_bad} of {len(labels)} images."
             " Fix: the model diverged; retrain it with another seed or a smaller learning rate",
@@ -222,3 +228,8 @@ def _check(probabilities: np.ndarray, labels: np.ndarray, class_names: Sequence[
         raise SearchError(
             f"At least two classes occur in a test set. Received: labels {np.unique(labels)}"
         )
+
+
+def _num_not_finite(probabilities: np.ndarray) -> int:
+    """Of rows."""
+    return int((~np.isfinite(probabilities)).any(axis=1).sum())

@@ -7,9 +7,10 @@ metrics.json, schema 1:
     weights {reference, sha256, label} of pretrained ones, or None,
     training {precision, images_per_report, batch_size (where the space has none), average_weights,
         sampler, pruner, study_seed},
-    search {trials, complete, pruned, fail, seconds, saved_share},
+    search {trials, complete, pruned, fail, seconds, saved_share, value_name},
     provenance {versions, backend, commit (None for an installed copy), hardware},
-    winners: [{trial, params, validation_accuracy, epochs (trained), schedule_epochs (its learning
+    winners: [{trial, params, validation_accuracy (or whatever the space's own `fit` returned, which
+        search.value_name then calls "value"), epochs (trained), schedule_epochs (its learning
         rate's), share (of the schedule, that was to be trained), parameters, flops, seconds (of one
         training, the mean), weights (label of pretrained ones, or None), of a comparison also
         validated (True), train and validation {mean, std} of accuracy and loss, published
@@ -18,7 +19,8 @@ metrics.json, schema 1:
         pictures, pictures_sha256 (search/winners/pictures.py)}]}],
     ensemble: the mean of the probabilities of all these models, {models, test}; None for fewer
         than two,
-    diverged: winners of which no training ended soundly: [{trial, params, reason}]
+    diverged: winners of which no training ended soundly: [{trial, params, reason}],
+    tested: how many models of this study have been measured on the test set, by now
 
 Figures are fractions, losses in nats, times in seconds; std is that of a sample, over seeds.
 """
@@ -69,8 +71,10 @@ def metrics(
             },
             "seconds": round(results.search_seconds(study), 1),
             "saved_share": round(results.saved_share(study), 4),
+            "value_name": results.value_name(run),
         },
         **measured(jobs, run, settings, folder),
+        "tested": results.num_tested(study),
         "provenance": provenance.collect(),
     }
 
@@ -167,14 +171,14 @@ def config(winner: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
 def leaderboard(study: optuna.Study, trials: Sequence[FrozenTrial], format_: str) -> str:
     """Trials of a study as text: "yaml", "json" or "csv"."""
     run = study.user_attrs.get("run", {})
-    is_objective = run.get("fixed", {}).get("kind") == "objective"
+    value_name = results.value_name(run).replace(" ", "_")
     rows = []
     for trial in trials:
         label = results.begun_from(run, trial.number, trial.user_attrs)
         rows.append(
             {
                 "trial": trial.number,
-                "value" if is_objective else "validation_accuracy": _value(trial),
+                value_name: _value(trial),
                 **({"weights": label} if label else {}),
                 "params": trial.params,
             }

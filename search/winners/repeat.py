@@ -73,8 +73,16 @@ def repeat(
     """
     (trial,) = results.chosen(study, 1, number)
     run = study.user_attrs["run"]
-    precision = run["told"]["precision"]  # of the search; winners may have had another
-    settings = resolve(run["described"], str(file), {**options, "precision": precision})
+    if run.get("fixed", {}).get("kind") == "comparison":
+        raise SearchError(
+            f"{study.study_name!r} compares named points, which are trained with every seed and "
+            "have no trial of a search to repeat: `fmnist-search train "
+            f"configs/trial-{number}.yaml`, in the run's folder, trains it again",
+            exit_code=EXIT_USAGE,
+        )
+    if precision := run["told"]["precision"]:  # of the search; winners may have had another
+        options = {**options, "precision": precision}
+    settings = resolve(run["described"], str(file), options)
     settings, _ = verified.with_weights(
         dataclasses.replace(settings, folder=str(folder.absolute()))
     )

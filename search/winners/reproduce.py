@@ -68,8 +68,12 @@ def read_config(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SearchError(f"{path} is no YAML file: {error}", exit_code=EXIT_DAMAGED) from None
     _check(config, _RULE, path, "")
-    if not config["training"]["seeds"]:
-        raise SearchError(f"{path}: training.seeds is empty", exit_code=EXIT_DAMAGED)
+    seeds = config["training"]["seeds"]
+    if not seeds or not all(type(seed) is int for seed in seeds):
+        raise SearchError(
+            f"{path}: training.seeds is a list of whole numbers. Received: {str(seeds)[:80]}",
+            exit_code=EXIT_DAMAGED,
+        )
     return dict(config)
 
 
@@ -122,7 +126,7 @@ def _train(
     )
     described = pool.wait_for_description()
     settings = dataclasses.replace(
-        resolve(described, str(entry.file), {}),
+        resolve(described, str(entry.file), {"weights": options.get("weights")}),
         dataset=reference,
         epochs=how["schedule_epochs"],
         images_per_report=how["images_per_report"],

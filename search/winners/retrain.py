@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,10 +186,7 @@ class Retraining:
             if "diverged" not in job.record
             and not (
                 self._intact(job, "evaluation", "evaluation_sha256")
-                # One seed of a winner has them.
-                and (
-                    "pictures" not in job.record or self._intact(job, "pictures", "pictures_sha256")
-                )
+                and (not self._is_shown(job) or self._intact(job, "pictures", "pictures_sha256"))
             )
         ]
 
@@ -264,7 +262,8 @@ class Retraining:
             store(job, {**message, "seconds": seconds})
             self._save(job)
             if checkpoint := self._checkpoint(job):  # not before it is written down that it is done
-                Path(checkpoint).unlink(missing_ok=True)
+                with suppress(OSError):  # the run's end removes what is left
+                    Path(checkpoint).unlink()
             reports = slot.status.get("of") or 0
             self._view.finished("complete", job.trial, None, reports=reports, seconds=seconds)
 
@@ -303,10 +302,15 @@ class Retraining:
         folder = self._settings.checkpoints
         return str(Path(folder) / f"{job.stem}.npz") if folder else ""
 
+    def _has_diverged(self, job: Job, message: Message) -> bool:
+        if message["outcome"] != "diverged":
+            return False
+        job.record["diverged"] = message["reason"]
+        logger.warning("%s diverged: %s", job.stem, message["reason"])
+        return True
+
     def _trained(self, job: Job, message: Message) -> None:
-        if message["outcome"] == "diverged":
-            job.record["diverged"] = message["reason"]
-            logger.warning("%s diverged: %s", job.stem, message["reason"])
+        if self._has_diverged(job, message):
             return
         for name in _MEASURED:  # they were another model's
             job.record.pop(name, None)
@@ -336,6 +340,9 @@ class Retraining:
         return job.index == min(usable)
 
     def _measured(self, job: Job, message: Message) -> None:
+        if self._has_diverged(job, message):
+            job.record.pop("model")  # nobody is to take it for one of the winners
+            return
         job.record |= {
             "evaluation": f"evaluation/{job.stem}.npz",
             "evaluation_sha256": message["sha256"],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search import folders
+from search.errors import SearchError
 from search.workers import cgroup
 from search.workers.devices import Device, share_out
 from search.workers.protocol import Channel, Message
@@ -63,9 +64,12 @@ class LocalWorker:
         """How it ended and the last lines that it wrote; call after `kill`."""
         code = self.process.returncode
         how = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        with self.log.open("rb") as log:
-            log.seek(max(self.log_start, self.log.stat().st_size - _TAIL_BYTES))
-            last = log.read().decode(errors="replace").strip().splitlines()[-5:]
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(self.log_start, self.log.stat().st_size - _TAIL_BYTES))
+                last = log.read().decode(errors="replace").strip().splitlines()[-5:]
+        except OSError:  # somebody has cleaned up; that ends no search
+            last = []
         return "\n".join([how, *last])
 
 
@@ -95,6 +99,15 @@ class LocalEngine:
         """Workers are the pool's to end."""
 
     def start(self, device: Device, slot: int) -> LocalWorker:
+        try:
+            return self._start(device, slot)
+        except OSError as error:
+            raise SearchError(
+                f"no worker can be started: {error}. Free what lacks (memory, processes, open "
+                "files or room on the disk); the same command goes on"
+            ) from None
+
+    def _start(self, device: Device, slot: int) -> LocalWorker:
         ours, theirs = socket.socketpair()
         path = self._log_folder / f"worker-{slot}.log"
         path.parent.mkdir(parents=True, exist_ok=True)

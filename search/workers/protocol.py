@@ -36,6 +36,7 @@ from typing import Any
 Message = dict[str, Any]
 
 SUGGESTIONS = ("float", "int", "categorical")
+MOST_STEPS = 2**31  # what PostgreSQL's whole numbers hold
 _CHUNK = 1 << 16  # bytes asked of the socket at a time
 
 
@@ -170,11 +171,15 @@ class RemoteTrial(_Suggestions):
         Args:
             metrics: more figures of this step, stored beside the value. Here and in `progress`,
                 what is no finite number is left out.
-            progress: figures for the terminal only, such as images_per_second.
+            progress: figures for the terminal, such as images_per_second. The last report's are
+                stored, but for those named as an attribute that the trial has.
 
         Raises:
             Diverged: if the value is not finite.
+            ValueError: if the step is none that a database can store.
         """
+        if not 0 <= step < MOST_STEPS:
+            raise ValueError(f"a step is a whole number from 0 to 2**31 - 1. Received: {step!r}")
         if not math.isfinite(value):
             raise Diverged(f"the value reported at step {step} is {value}")
         self._prune = self.ask(

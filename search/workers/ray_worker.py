@@ -76,7 +76,11 @@ class RayWorker:
         line = json.dumps(message, allow_nan=False).encode()
         files = self._files if message["type"] == "prepare" else {}
         if model := message.get("model"):  # trained elsewhere, perhaps
-            files = {model: (artifacts.sha256(model), self._ray.put(Path(model).read_bytes()))}
+            try:
+                content = Path(model).read_bytes()
+                files = {model: (artifacts.sha256(model), self._ray.put(content))}
+            except OSError as error:  # not the worker's death, for which OSError stands here
+                raise SearchError(f"{model} can't be read: {error}") from None
         try:
             self._actor.send.remote(line, files)
         except self._ray.exceptions.RayError as error:

@@ -81,7 +81,7 @@ class FunctionTasks:
         points = list(self._study.known_points)
         counts = ("num_reports", "images_per_report", "images_per_epoch", "num_images")
         nothing = {"space": [], "precision": "", "pretrained": [], **dict.fromkeys(counts, 0)}
-        return {**nothing, "known_points": points}
+        return {**nothing, "known_points": points, "own_fit": False}
 
     def trial(self, trial: RemoteTrial, message: Message) -> Message:
         assert self._study.objective is not None

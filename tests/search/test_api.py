@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 import search
+from search import api
 from search.errors import EXIT_USAGE, SearchError
+from search.storage import storage
 from studies.study import Study
 from tests.command import ROOT
 
@@ -139,6 +141,52 @@ def test_what_workers_cannot_reach_is_one_line(tmp_path, arguments, options, rul
     with pytest.raises(SearchError, match=rule) as caught:
         search.run(Study(name="mine", dataset="digits", **arguments), out=tmp_path, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"precision": "float16"}, r"run\(precision=...\): .*float16.*bfloat16"),
+        ({"sampler": "grid"}, "grid.*tpe"),
+        ({"pruner": "hyperband"}, "hyperband.*asha"),
+        ({"log": "wandb"}, "wandb.*tensorboard"),
+        ({"seeds": 0}, r"run\(seeds=...\): 0 is not in the range"),
+        ({"top": 0}, "0 is not in the range"),
+        ({"trials": 2.5}, "'2.5' is not a valid integer"),
+        ({"trials": True}, "'True' is not a valid integer"),
+        ({"epochs": -1}, "-1.0 is not in the range"),
+        ({"workers": 0}, "'0'"),
+        ({"time_budget": 0}, "a time is"),
+        ({"cache_size": -1}, "a size is"),
+    ],
+)
+def test_options_are_those_of_the_command_line(tmp_path, options, rule):
+    with pytest.raises(SearchError, match=rule) as caught:
+        search.run("quickstart", out=tmp_path, **options)
+    assert caught.value.exit_code == EXIT_USAGE
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_are_taken_as_plain_values_or_as_the_command_line_has_them():
+    given = {"trials": np.int64(3), "time_budget": 90, "silence": 0.5, "cache_size": 500}
+    given |= {"seeds": "2", "epochs": 1, "workers": 4, "dataset": Path("a.npz"), "sampler": None}
+    taken = api._as_the_command_takes_them(given)
+    assert taken == {
+        **{"trials": 3, "time_budget": 90.0, "silence": 0.5, "cache_size": 500},
+        **{"seeds": 2, "epochs": 1.0, "workers": "4", "dataset": "a.npz"},
+    }
+
+
+def test_a_refused_study_leaves_the_file_of_the_run(tmp_path):
+    (tmp_path / "mine.py").write_text("def half(trial):\n    return 0.5\n")
+    study = Study(name="mine", objective=f"{tmp_path}/mine.py:half", trials=1)
+    (tmp_path / "study.py").write_text(before := "study = None  # of the run")
+    with pytest.raises(SearchError, match=r"no model of ours: --epochs"):
+        search.run(study, out=tmp_path, epochs=3)
+    assert (tmp_path / "study.py").read_text() == before
+    with storage.lock(tmp_path / ".lock"), pytest.raises(SearchError, match="is being run by"):
+        search.run(study, out=tmp_path)
+    assert (tmp_path / "study.py").read_text() == before
 
 
 def test_an_unknown_study_is_a_usage_error(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from search import coordinator, sampling
+from search import coordinator, results, sampling
 from search.coordinator import Coordinator
 from search.errors import Interrupted, SearchError
 from search.settings import Settings
@@ -198,6 +198,46 @@ def test_a_report_is_stored_with_its_figures(search, trials):
     assert trial.user_attrs["parameters"] == 7
     assert trial.user_attrs["attempts"][0]["reason"] == "complete"
     assert "reason" not in trial.user_attrs
+
+
+def test_figures_for_the_terminal_take_no_other_s_place(search, trials):
+    figures = dict.fromkeys(("attempts", "history", "reason", "seconds", "mine", "speed"), 5.5)
+
+    def script(number, attempt):
+        yield suggest("x")
+        yield {"type": "attribute", "key": "mine", "value": "my own"}
+        yield report(0.5, 1, metrics={"loss": 2.0}, progress=figures)
+        yield finished(value=0.75)
+
+    search(script, trials=1)
+    (trial,) = trials()
+    kept = trial.user_attrs
+    assert len(kept["attempts"]) == 1
+    assert kept["history"] == {"1": {"loss": 2.0}}
+    assert "reason" not in kept
+    assert kept["seconds"] != 5.5
+    assert (kept["mine"], kept["speed"]) == ("my own", 5.5)
+
+
+def test_reports_from_step_0_are_counted(search, url, caplog):
+    def script(number, attempt):
+        yield suggest("x")
+        for step in (0, 10, 20):
+            yield report(0.5, step)
+        yield finished(value=0.5)
+
+    caplog.set_level("INFO", "search")
+    search(script, trials=1)
+    assert "after 3 reports" in caplog.text
+    (row,) = results.rows(storage.read_study(url, "mine"))
+    assert row.reports == 3
+
+
+def test_a_checkpoint_that_can_t_be_removed_ends_no_search(search, tmp_path):
+    checkpoint = tmp_path / "checkpoints" / "trial-0.npz"
+    (checkpoint / "in the way").mkdir(parents=True)
+    search(good, trials=2, checkpoints=str(checkpoint.parent))
+    assert checkpoint.exists()
 
 
 def test_a_bad_question_is_answered_with_an_error(search):

@@ -411,9 +411,11 @@ def test_what_a_search_was_told_outlasts_the_retraining_of_its_winner(tmp_path):
         "pruner": "none",
         "precision": "float32",
         "final_epochs": 3.0,
+        "top": 1,
+        "seeds": 3,
     }
     finish(folder, "retrain", "--study", "quickstart", "--seeds", "1")
-    assert study_of(folder).user_attrs["run"]["told"] == before
+    assert study_of(folder).user_attrs["run"]["told"] == before | {"seeds": 1}
     figures = json.loads((folder / "metrics.json").read_text())
     assert figures["winners"][0]["schedule_epochs"] == 3
     training = figures["training"]
@@ -426,6 +428,15 @@ def test_what_a_search_was_told_outlasts_the_retraining_of_its_winner(tmp_path):
         "--seeds 1",
     ]
     assert " ".join(command) in (folder / "report.html").read_text()
+    # Typed once more, the first command leaves alone what `retrain` was told.
+    finish(folder, "--study", "quickstart", "--epochs", "1", *told)
+    assert json.loads((folder / "metrics.json").read_text()) == figures
+    assert figures["tested"] == 1
+    # Another length trains another model: both have been tested.
+    finish(folder, "retrain", "--study", "quickstart", "--final-epochs", "2")
+    figures = json.loads((folder / "metrics.json").read_text())
+    assert (figures["tested"], len(figures["winners"][0]["seeds"])) == (2, 1)
+    assert "has been used for 2 models" in (folder / "report.html").read_text()
 
 
 @pytest.mark.slow

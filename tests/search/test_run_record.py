@@ -149,6 +149,17 @@ def test_a_comparison_that_is_trained_again_was_told_its_precision_of_now():
         assert told["precision"] == precision
 
 
+def test_what_later_trials_have_otherwise_is_said():
+    told = {"sampler": "tpe", "pruner": "asha", "precision": "bfloat16"}
+    now = {"told": told | {"sampler": "random", "precision": "float32"}}
+    sampler, precision = run_record.changed({"told": told}, now)
+    assert sampler.startswith("sampler was tpe until now: trials from here on have random")
+    assert precision.startswith(
+        "precision was bfloat16 until now: trials from here on have float32"
+    )
+    assert run_record.changed(None, now) == run_record.changed(now, now) == []
+
+
 def test_what_a_run_is_made_with_is_kept_of_each_machine_once(monkeypatch):
     begun = made_up_run.study_of(3).user_attrs["run"]
     first = run_record.made_with(begun)

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from search.errors import EXIT_USAGE, SearchError
 from search.settings import resolve
 from studies.study import Study
 
@@ -53,3 +54,19 @@ def test_what_a_study_keeps_is_all_plain():
         "kind": "space",
         "weights": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("changed", "option", "rule"),
+    [
+        ({"kind": "comparison"}, {"trial_timeout": 60.0}, "compares 100 named.*--trial-timeout"),
+        ({"kind": "objective"}, {"dataset": "digits"}, "objective of its own.*--dataset can't"),
+        ({"kind": "objective"}, {"final_epochs": 3.0}, "--final-epochs can't apply. Leave it out"),
+        ({}, {"weights": "none"}, "begins from no pretrained weights"),
+    ],
+)
+def test_an_option_of_no_use_is_refused(changed, option, rule):
+    with pytest.raises(SearchError, match=rule) as caught:
+        resolve(DESCRIBED | changed, "mine.py", option)
+    assert caught.value.exit_code == EXIT_USAGE
+    resolve(DESCRIBED | changed, "mine.py", {"seed": 3, "workers": "2", "max_attempts": 3})

@@ -79,6 +79,12 @@ def test_pixels_of_every_type_become_bytes(save, convert):
         np.testing.assert_array_equal(pixels, wanted[..., np.newaxis])
 
 
+def test_whole_numbers_of_0_and_1_are_refused(save):
+    said = refusal(save(x_train=GOOD["x_train"] % 2), "train")
+    assert "x_train of whole numbers is 0-255" in said
+    assert "multiply them by 255" in said
+
+
 def test_bool_is_black_and_white(save):
     pixels, _ = formats.read_npz(save(x_train=X > 99, x_test=X[:3] > 99), "test")
     np.testing.assert_array_equal(pixels[..., 0], (X[:3] > 99) * 255)

@@ -146,6 +146,18 @@ def test_what_is_no_image_is_not_read(flowers):
     assert image_folder.prepare(flowers) == before
 
 
+def test_what_may_be_thought_to_be_read_is_said(flowers, caplog):
+    image_folder.prepare(flowers)
+    assert "not read" not in caplog.text
+    put(flowers / "val" / "rose" / "a.png", grey(1))
+    for name in ("b.webp", "c.webp", ".hidden", "notes.txt"):
+        (next((flowers / "train").iterdir()) / name).touch()
+    image_folder.prepare(flowers)
+    first, second = caplog.messages[-2:]
+    assert first == f"{flowers / 'val'} is not read: a folder's parts are train/ and test/"
+    assert second.startswith(f"in {flowers} 2 .webp, 1 .txt beside images are not read")
+
+
 def test_three_hundred_classes(tmp_path):
     image = put(tmp_path / "one.png", grey(7, (1, 1)))
     for label in range(300):

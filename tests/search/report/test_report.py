@@ -643,6 +643,8 @@ def test_the_command_asks_for_the_seeds_that_diverged_too(tmp_path):
     run = begun(tmp_path, measured=True)
     run.winners[0]["diverged"] = [0]  # of three
     assert origin.command(run).endswith("--top 1 --seeds 3")
+    run.metrics["diverged"] = [{"trial": 9, "params": {}, "reason": "loss was nan"}]
+    assert origin.command(run).endswith("--top 2 --seeds 3")
 
 
 @pytest.mark.parametrize("kind", ["space", "objective"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from search import folders
-from search.errors import SearchError
+from search.errors import EXIT_DAMAGED, SearchError
 from search.storage import snapshots, sqlite_file, storage
 from search.storage.snapshots import KEPT, Snapshots, restore
 from tests.command import ROOT
@@ -65,6 +65,42 @@ def test_s5_the_newest_sound_snapshot_is_put_back(database, damage):
     assert [trial.number for trial in study.trials] == [0, 1, 2, 3]
     add_trials(url, 1)  # it can be gone on with
     assert len(storage.read_study(url, "mine").trials) == 5
+
+
+@pytest.mark.fault("S5")
+def test_s5_where_a_snapshot_has_no_room_the_damaged_study_stays(database, monkeypatch):
+    Snapshots(database).take()
+    truncate(database)
+    before = database.read_bytes()
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(SearchError, match=r"No space left|is full|free"):
+            restore(database)
+    assert database.read_bytes() == before
+    assert restore(database).num_trials == 4
+
+
+@pytest.mark.fault("S5")
+def test_s5_a_missing_study_is_not_begun_anew_beside_its_snapshots(database):
+    Snapshots(database).take()
+    database.unlink()
+    for use in (storage.open_study, storage.read_study):
+        with pytest.raises(SearchError, match=r"is missing, though.*repair.*anew") as caught:
+            use(f"sqlite:///{database}", "mine")
+        assert caught.value.exit_code == EXIT_DAMAGED
+    assert not database.exists()
+
+
+def test_somebody_else_s_file_among_the_snapshots_is_no_reason_to_end(database, monkeypatch):
+    monkeypatch.setattr(snapshots, "_now", iter(["20260101-000000", "20260102-000000"]).__next__)
+    Snapshots(database).take()
+    (database.parent / "snapshots" / "study-99999999-999999.db").touch()
+    Snapshots(database).take()
+    assert len(list((database.parent / "snapshots").iterdir())) == 3
 
 
 def test_a_damaged_snapshot_is_passed_over(database, monkeypatch):

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import signal
@@ -188,11 +189,20 @@ def test_a_file_that_its_holder_has_just_removed_is_no_lock(tmp_path, monkeypatc
             pass
 
 
+def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch):
+    def none(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(SearchError, match=r"can't be locked .*No locks available.*--out"):
+        storage.lock(tmp_path / ".lock").__enter__()
+
+
 def test_a_lock_is_not_taken_through_a_symbolic_link(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic links"), storage.lock(tmp_path / ".lock"):
-        pass
+    with pytest.raises(SearchError, match=r"can't be locked .*symbolic links.*--out"):
+        storage.lock(tmp_path / ".lock").__enter__()
     assert (tmp_path / "precious").read_text() == "precious"
 
 

@@ -352,6 +352,35 @@ def exported(format_, kind="space", **params):
     return json.loads(text) if format_ == "json" else yaml.safe_load(text)
 
 
+def test_a_run_in_a_folder_of_another_name_is_listed(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = storage.open_study("sqlite:///runs/flowers/study.db", "cnn")
+    study.set_user_attr("run", {"format": run_record.FORMAT, "num_reports": 0})
+    study.add_trial(optuna.trial.create_trial(value=0.25))
+    Path("runs/broken").mkdir()
+    Path("runs/broken/study.db").write_bytes(b"")
+    entry = SimpleNamespace(name="cnn", summary="A question.")
+    listing.print_studies([entry], Path("runs"))
+    _, known, broken, flowers = capsys.readouterr().out.splitlines()
+    assert known.split() == ["cnn", "A", "question."]
+    assert broken.split() == ["broken", "damaged"]
+    assert " ".join(flowers.split()) == "cnn 1 trials, best 0.2500, in runs/flowers"
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        ({}, "value"),
+        ({"fixed": {"kind": "objective"}}, "value"),
+        ({"fixed": {"kind": "space"}}, "validation accuracy"),
+        ({"fixed": {"kind": "space"}, "own_fit": True}, "value"),
+        ({"fixed": {"kind": "comparison"}, "own_fit": True}, "validation accuracy"),
+    ],
+)
+def test_a_value_is_called_what_is_known_of_it(run, name):
+    assert results.value_name(run) == name
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [("space", "validation_accuracy"), ("objective", "value")]
 )

@@ -219,6 +219,17 @@ def test_predictions_of_a_saved_model(tmp_path, tiny, activation):
     assert [path.name for path in out.parent.iterdir()] == ["m.npz"]
 
 
+def test_what_can_t_be_measured_is_said_and_not_written(tmp_path, tiny):
+    model = dense_model(tmp_path / "m.keras")
+    weights, bias = model.layers[-1].get_weights()
+    model.layers[-1].set_weights([weights * np.nan, bias])
+    model.save(tmp_path / "m.keras")
+    out = tmp_path / "m.npz"
+    said = evaluation.predict_test(tmp_path / "m.keras", "tiny", out, {})
+    assert said == "outputs that are not finite for 700 of 700 test images"
+    assert not out.exists()
+
+
 def test_a_model_of_another_shape_is_refused(tmp_path, tiny):
     dense_model(tmp_path / "m.keras", size=5)
     with pytest.raises(

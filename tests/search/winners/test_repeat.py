@@ -11,6 +11,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from search.errors import SearchError
 from search.view.progress import View
 from search.winners import repeat
 from search.winners.repeat import TOLERANCE, Repeated
@@ -103,6 +104,14 @@ def test_a_trial_is_repeated_in_its_search_s_precision(monkeypatch, tmp_path):
 
     monkeypatch.setattr(repeat, "resolve", resolved)
     with pytest.raises(ResolvedError, match=r"^float32$"):
+        repeat.repeat(study, 0, tmp_path / "mine.py", tmp_path, {}, View(-1))
+
+
+def test_a_point_of_a_comparison_is_no_trial_to_repeat(tmp_path):
+    study = optuna.create_study(study_name="mine")
+    study.set_user_attr("run", {"fixed": {"kind": "comparison"}})
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    with pytest.raises(SearchError, match=r"'mine' compares .*train configs/trial-0\.yaml"):
         repeat.repeat(study, 0, tmp_path / "mine.py", tmp_path, {}, View(-1))
 
 

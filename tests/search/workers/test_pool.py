@@ -704,6 +704,8 @@ def test_a_killed_process_is_lost_and_reaped(tmp_path):
             assert heard(pool) == []
         assert first.process.returncode == -9
         assert first.post_mortem().splitlines()[0] == "ended by signal 9"
+        first.log.unlink()  # somebody has cleaned up
+        assert first.post_mortem() == "ended by signal 9"
 
 
 @pytest.mark.fault("K6")

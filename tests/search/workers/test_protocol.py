@@ -110,6 +110,14 @@ class Coordinator(threading.Thread):
                 self._channel.send({"type": "answer", **self._answers.pop(0)})
 
 
+@pytest.mark.parametrize("step", [-1, 2**31, 10**30])
+def test_a_step_that_no_database_stores_is_the_objective_s_error(remote, step):
+    trial, coordinator = remote()
+    with pytest.raises(ValueError, match=rf"from 0 to 2\*\*31 - 1. Received: {step}"):
+        trial.report(0.5, step)
+    assert coordinator.heard == []
+
+
 @pytest.fixture
 def remote(pair):
     """A trial in a worker, and the coordinator that gives it these answers."""
