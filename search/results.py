@@ -65,9 +65,9 @@ def detail(study: optuna.Study, number: int) -> dict[str, Any]:
         )
     trial = trials[number]
     attrs = trial.user_attrs
-    history = attrs.get("history", {})
+    figures = history(attrs)
     reports = [
-        {"report": step, "value": value, **history.get(str(step), {})}
+        {"report": step, "value": value, **figures.get(str(step), {})}
         for step, value in sorted(trial.intermediate_values.items())
     ]
     retrained = {
@@ -119,6 +119,21 @@ def chosen(study: optuna.Study, top: int, number: int | None) -> list[FrozenTria
         "trials, see `fmnist-search show`",
         exit_code=EXIT_USAGE,
     )
+
+
+def history(attrs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The figures of each report by its step, as text, from the attributes of a trial."""
+    found: dict[str, dict[str, float]] = {}
+    part = 0
+    while (key := history_key(part)) in attrs:
+        found |= attrs[key]
+        part += 1
+    return found
+
+
+def history_key(part: int) -> str:
+    """The attribute that holds a part of a trial's figures, in the order of its reports."""
+    return f"history:{part}" if part else "history"
 
 
 def value_name(run: Mapping[str, Any]) -> str:

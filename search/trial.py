@@ -7,13 +7,14 @@ the next coordinator can finish what a kill has cut off, and so that a crash can
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from search import pruning, sampling
+from search import pruning, results, sampling
 from search.storage import storage
 from search.workers.engine import Worker
 from search.workers.protocol import SUGGESTIONS, Message
@@ -28,6 +29,14 @@ COORDINATOR_ENDED = "coordinator ended"
 RESERVED = frozenset(
     ("attempts", "ending", "history", "known_point", "reason", "seconds", "stderr", "traceback")
 )
+
+
+# Reports whose figures one attribute holds: it is stored whole with each of them.
+_PART = 50
+
+
+def _is_reserved(name: str) -> bool:
+    return name in RESERVED or name.startswith("history:")
 
 
 class UnfinishedTrial:
@@ -50,7 +59,8 @@ class UnfinishedTrial:
         self._passed = stored.last_step or 0
         self._sampling: sampling.TrialSampling | None = None
         self._began = 0.0  # monotonic seconds, this attempt
-        self._history: dict[str, dict[str, float]] | None = None  # from the first report on
+        # Figures by step, in the parts that are stored; from the first report on.
+        self._history: list[dict[str, dict[str, float]]] | None = None
         self._speed: dict[str, float] = {}
         self._seen = 0.0  # monotonic seconds, when it was last written down that it lives
 
@@ -87,7 +97,7 @@ class UnfinishedTrial:
     def reports(self, until: int) -> list[tuple[int, float, dict[str, float]]]:
         """Step, value and figures of what was reported up to a step, by whichever attempt."""
         stored = self._storage.get_trial(self._id)
-        history = stored.user_attrs.get("history", {})
+        history = results.history(stored.user_attrs)
         return [
             (step, value, history.get(str(step), {}))
             for step, value in sorted(stored.intermediate_values.items())
@@ -132,8 +142,8 @@ class UnfinishedTrial:
             if draft is None:
                 return {"value": self._sampling.suggest(kind, name, arguments)}
             return {"value": self._sampling.draft(draft, kind, name, arguments)}
-        except (ValueError, TypeError, OverflowError) as error:
-            return {"error": f"{name!r}: {error}"}
+        except Exception as error:  # whatever Optuna makes of a range: it is the space's error
+            return {"error": f"{name!r}: {error or type(error).__name__}"}
 
     @property
     def num_drafts(self) -> int:
@@ -153,7 +163,7 @@ class UnfinishedTrial:
         key = str(message["key"])
         if self.told:
             return {"ended": True}
-        if key in RESERVED:
+        if _is_reserved(key):
             return {"error": f"The attribute {key!r} is the coordinator's own; take another name"}
         self._set(key, message["value"])
         return {"value": None}
@@ -170,12 +180,8 @@ class UnfinishedTrial:
             self._seen = time.monotonic()
             self._set("attempts", self._attempts)
         reported = copy.copy(self._storage.get_trial(self._id))
-        if self._history is None:  # it may go on behind an earlier attempt
-            earlier = reported.user_attrs.get("history", {})
-            self._history = {at: kept for at, kept in earlier.items() if int(at) < step}
         if message["metrics"]:
-            self._history[str(step)] = message["metrics"]
-            self._set("history", self._history)
+            self._store_figures(step, message["metrics"], reported.user_attrs)
         # Decided on what will be stored, and stored with it.
         reported.intermediate_values = {**reported.intermediate_values, step: value}
         if pruner and step > self._passed and self._is_behind(reported, pruner):
@@ -183,6 +189,23 @@ class UnfinishedTrial:
             return self.end(TrialState.PRUNED, kind="pruned", reason=reason, report=value)
         self._store_report(step, value)
         return None
+
+    def _store_figures(self, step: int, figures: dict[str, float], stored: dict[str, Any]) -> None:
+        if self._history is None:  # it may go on behind an earlier attempt
+            earlier = results.history(stored).items()
+            kept = [(at, found) for at, found in earlier if int(at) < step]
+            self._history = [dict(kept[k : k + _PART]) for k in range(0, len(kept), _PART)]
+            for part in itertools.count():
+                now = self._history[part] if part < len(self._history) else {}
+                before = stored.get(results.history_key(part))
+                if before is None:  # it was the last
+                    break
+                if now != before:  # of what comes behind that step
+                    self._set(results.history_key(part), now)
+        if not self._history or len(self._history[-1]) == _PART:
+            self._history.append({})
+        self._history[-1][str(step)] = figures
+        self._set(results.history_key(len(self._history) - 1), self._history[-1])
 
     def lose(self, how: str, max_attempts: int, kind: str = "killed") -> dict[str, Any] | None:
         """Its worker has died (kind timeout: it was too late; out_of_memory: it was killed for it,
@@ -258,7 +281,8 @@ class UnfinishedTrial:
         stored = self._storage.get_trial(self._id).user_attrs
         for name, figure in ending["speed"].items():
             # An objective may say anything, but not in the place of what is kept of the trial.
-            if isinstance(figure, int | float) and name not in RESERVED | stored.keys():
+            is_free = name not in stored and not _is_reserved(name)
+            if isinstance(figure, int | float) and is_free:
                 self._set(name, round(figure, 3))
         if kind:
             self._set("reason", f"{kind}: {ending['reason']}")

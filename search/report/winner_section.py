@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from search import results
 from search.report import images, page, training_figures, winner_figures
 from search.report.bars import name_of
 from search.report.page import Html
@@ -134,7 +135,7 @@ def history_of(
         }
         return found, "The training of the first seed."
     trial = run.trial(winner["trial"])
-    reports: dict[str, dict[str, float]] = trial.user_attrs.get("history", {}) if trial else {}
+    reports = results.history(trial.user_attrs) if trial else {}
     steps = sorted(reports, key=int)
     names = dict.fromkeys(name for step in steps for name in reports[step])
     history = {

@@ -131,8 +131,17 @@ class SqliteFile(Database):
 
         if problem := problem_of(self.path, **trying):
             raise _unusable(self.path, f"damaged ({problem})")
-        if not self.path.exists() and taken_of(self.path):
+        if self.path.exists():
+            return
+        if taken_of(self.path):
             raise _unusable(self.path, "missing, though there are snapshots of it")
+        wal = self.path.with_name(f"{self.path.name}-wal")
+        if wal.exists():  # SQLite would write what is in it into the new one
+            raise SearchError(
+                f"the study file {self.path} is missing, though its {wal.name} is there: put it "
+                f"back, or move {wal.name} away to begin anew",
+                exit_code=EXIT_DAMAGED,
+            )
 
 
 def problem_of(path: Path, **trying: Any) -> str:

@@ -36,6 +36,10 @@ _MAX_KILLED_STARTS = 12  # killed by signals: somebody else may send them, or me
 # Where other slots go on, one whose workers fail so often is tried again later and later: what is
 # wrong with a node, a disk or a file may pass.
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
+# Where so many are busy, what they say in so long is read at once, and stored in one transaction,
+# which costs more than all the words in it.
+_MANY, _GATHERING = 8, 0.005  # workers, seconds
+_LOOK_EVERY = 0.25  # seconds, for those that are late, or dead without a word
 
 
 def run_task(file: Path, settings: Message, task: Message) -> Message:
@@ -97,6 +101,7 @@ class Pool:
         self._preparation: Message | None = None
         self._selector = selectors.DefaultSelector()
         self._listened = time.monotonic()  # when it was last seen what the workers said
+        self._looked = self._listened  # when it was last seen whether they live
         self.interrupted = 0  # the number of the signal that asked the run to end
         self.described: Message | None = None  # what the study says of itself
         self.space: Message | None = None  # space and known points, from the first ready worker
@@ -224,6 +229,9 @@ class Pool:
         # A storage that fails may have kept the coordinator from listening.
         self._excuse(now - self._listened, now)
         heard = self._selector.select(timeout)
+        if heard and len(self.busy()) > _MANY:
+            time.sleep(_GATHERING)
+            heard = self._selector.select(0)
         self._listened = time.monotonic()
         # Ctrl-Z, and then fg an hour later.
         self._excuse(self._listened - now - timeout, self._listened)
@@ -242,6 +250,9 @@ class Pool:
             yield from filter(None, events)
             if is_lost:
                 yield from self._lost(slot)
+        if heard and self._listened - self._looked < _LOOK_EVERY:
+            return
+        self._looked = self._listened
         for slot in self.slots:
             # A child of the worker's may hold its socket open: then no end of file tells its death.
             if slot.worker and not slot.worker.is_alive() and not slot.worker.channel.is_readable():

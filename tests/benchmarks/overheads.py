@@ -9,7 +9,10 @@ SQLite, and real worker processes whose objective only draws a point and reports
 if it is answered in time. `ask` is all that the coordinator does to start a trial, without the
 suggestions, which are a message each; `report` is from its reading to its answer, which it shares
 with what else was said at the same time; `idle` is what a worker waits from the end of a trial to
-the start of the next. Seconds are those of the clock, CPU that of the coordinator alone.
+the start of the next, `trial` its length in seconds, of which its hundred reports take ten. With
+`--reports 2000` trials outlast the measurement, and no draw of TPE's keeps a report waiting; the
+reports/s are those of its second half, when all have begun. Seconds are those of the clock, CPU
+that of the coordinator alone.
 
 The second measures the command line, the third the workers of a finished run.
 """
@@ -38,6 +41,7 @@ from studies.study import Study
 
 NUM_FLOATS, NUM_INTS, NUM_CATEGORIES = 12, 8, 8  # about as many as study cnn draws
 NUM_REPORTS = 100  # of a trial that is not pruned: ten seconds
+REPORTS = "OVERHEADS_REPORTS"  # how many it is where another number is asked for; workers read it
 PERIOD = 0.1  # seconds between two reports
 MADE = 100  # trials, before they are copied
 RUNGS = (1, 4, 16, 64)  # where made-up trials end
@@ -48,7 +52,7 @@ def objective(trial: Any) -> float:
     """Draw a point, report on time or as soon as possible after it."""
     x = draw(trial)
     due = time.monotonic()
-    for step in range(1, NUM_REPORTS + 1):
+    for step in range(1, int(os.environ.get(REPORTS, NUM_REPORTS)) + 1):
         due = max(due + PERIOD, time.monotonic())
         time.sleep(due - time.monotonic() if due > time.monotonic() else 0.0)
         value = curve(x, step)
@@ -80,11 +84,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, nargs="+", default=[100, 1_000, 10_000])
     parser.add_argument("--seconds", type=float, default=30.0, help="of each measurement")
     parser.add_argument("--pruner", choices=["none", "asha"], default="none")
+    parser.add_argument("--reports", type=int, default=NUM_REPORTS, help="of a trial")
     parser.add_argument("--start", action="store_true")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--profile", type=Path, help="file for cProfile's CPU seconds")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    os.environ[REPORTS] = str(given.reports)
     if given.case:
         print(json.dumps(measure(Path(given.case), given)))
     elif given.start:
@@ -97,11 +103,12 @@ def main() -> None:
 
 def print_coordinator(given: argparse.Namespace) -> None:
     print(
-        f"load {os.getloadavg()[0]:.1f}; {given.seconds:g} s each; pruner {given.pruner}; "
+        f"load {os.getloadavg()[0]:.1f}; {given.seconds:g} s each; {given.reports} reports a "
+        f"trial; pruner {given.pruner}; "
         "milliseconds p50/p95"
     )
     columns = ("workers", "trials", "reports/s", "offered", "ended", "ask", "report", "suggest",
-               "idle", "CPU", "MB", "open s")  # fmt: skip
+               "idle", "trial", "CPU", "MB", "open s")  # fmt: skip
     print("".join(f"{column:>13}" for column in columns))
     with tempfile.TemporaryDirectory(prefix="fmnist-search-") as name:
         filled = fill(Path(name), sorted(given.trials))
@@ -117,8 +124,8 @@ def print_coordinator(given: argparse.Namespace) -> None:
 def print_case(num_workers: int, num_trials: int, found: dict[str, Any]) -> None:
     times = [_milliseconds(found[what]) for what in ("ask", "report", "suggest", "idle")]
     cells = [num_workers, num_trials, f"{found['reports']:,.0f}", f"{num_workers / PERIOD:,.0f}",
-             found["ended"], *times, f"{found['cpu']:.0%}", f"{found['rss'] / 1e6:,.0f}",
-             f"{found['open']:.1f}"]  # fmt: skip
+             found["ended"], *times, _seconds(found["trial"]), f"{found['cpu']:.0%}",
+             f"{found['rss'] / 1e6:,.0f}", f"{found['open']:.1f}"]  # fmt: skip
     print("".join(f"{cell:>13}" for cell in cells), flush=True)
     if found["cpu"] >= BARS["cpu"] or found["reports"] < 0.95 * num_workers / PERIOD:
         print("  the coordinator does not keep up within one core")
@@ -130,7 +137,7 @@ def case(folder: Path, num_workers: int, given: argparse.Namespace) -> dict[str,
     """Measured in a process of its own, whose memory is nothing else's."""
     command = [sys.executable, "-m", "tests.benchmarks.overheads", "--case", str(folder)]
     command += ["--workers", str(num_workers), "--seconds", str(given.seconds)]
-    command += ["--pruner", given.pruner]
+    command += ["--pruner", given.pruner, "--reports", str(given.reports)]
     if given.profile:
         command += ["--profile", str(given.profile)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
@@ -269,6 +276,7 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
             super()._handle(pool, event)
             # Behind its answer, which waits for what others have said at the same time.
             self._when_stored.append(lambda: took[type_].append(time.perf_counter() - began))
+            took[f"{type_} at"].append(began)
 
     (num_workers,) = given.workers
     opening = {"type": "open", "file": str(Path(__file__).resolve())}
@@ -308,8 +316,9 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         "report": took["report"],
         "suggest": took["suggest"],
         "idle": idle(trials),
+        "trial": [t.user_attrs["seconds"] for t in trials if t.state.is_finished()],
         "ended": sum(trial.state.is_finished() for trial in trials),
-        "reports": len(took["report"]) / seconds,
+        "reports": sum(at > began + seconds / 2 for at in took["report at"]) / (seconds / 2),
         "cpu": cpu / seconds,
         "rss": process.memory_info().rss,
         "worker_rss": max(of_workers),
@@ -442,6 +451,10 @@ def _study_names(database: Path) -> list[str]:
 def percentile(values: Sequence[float], percent: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def _seconds(values: Sequence[float]) -> str:
+    return f"{percentile(values, 50):.1f}/{percentile(values, 95):.1f}" if values else "-"
 
 
 def _milliseconds(seconds: Sequence[float]) -> str:

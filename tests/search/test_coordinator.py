@@ -200,6 +200,29 @@ def test_a_report_is_stored_with_its_figures(search, trials):
     assert "reason" not in trial.user_attrs
 
 
+def test_the_figures_of_a_long_trial_are_stored_in_parts(search, trials, monkeypatch):
+    monkeypatch.setattr("search.trial._PART", 3)
+
+    def script(number, attempt):
+        yield suggest("x")
+        assert "error" in (yield {"type": "attribute", "key": "history:1", "value": 7})
+        first = 1 if attempt == 1 else 5
+        for step in range(first, 9 if attempt == 1 else 8):
+            yield report(step / 10, step, metrics={"loss": step + attempt / 10})
+        if attempt == 1:
+            yield LOST
+        yield finished(value=0.75)
+
+    search(script, trials=1)
+    (trial,) = trials()
+    assert results.history(trial.user_attrs) == {
+        **{str(step): {"loss": step + 0.1} for step in range(1, 5)},
+        **{str(step): {"loss": step + 0.2} for step in range(5, 8)},
+    }
+    sizes = [len(trial.user_attrs[results.history_key(part)]) for part in range(3)]
+    assert sizes == [3, 3, 1]
+
+
 def test_figures_for_the_terminal_take_no_other_s_place(search, trials):
     figures = dict.fromkeys(("attempts", "history", "reason", "seconds", "mine", "speed"), 5.5)
 
@@ -246,6 +269,7 @@ def test_a_bad_question_is_answered_with_an_error(search):
     def script(number, attempt):
         answers.append((yield suggest("x", kind="loguniform")))
         answers.append((yield suggest("y", UNIT | {"high": -1.0})))
+        answers.append((yield suggest("w", UNIT | {"high": 1e30, "step": 1.0})))
         answers.append((yield suggest("z")))
         yield finished(value=0.5)
 
@@ -254,7 +278,8 @@ def test_a_bad_question_is_answered_with_an_error(search):
     assert answers[0]["error"].endswith("Received: 'loguniform'")
     assert answers[1]["error"].startswith("'y': ")
     assert "low <= high" in answers[1]["error"]
-    assert 0 <= answers[2]["value"] <= 1
+    assert answers[2]["error"].startswith("'w': ")  # of decimal's, not a ValueError
+    assert 0 <= answers[3]["value"] <= 1
 
 
 def test_an_attribute_of_the_coordinator_s_own_is_refused(search, trials):

@@ -36,6 +36,7 @@ def run(tmp_path, monkeypatch):
     self = object.__new__(journey._Journey)
     self._study, self._folder, self._has_begun = made_up_run.study_of(3), tmp_path, True
     self._entry = catalogue.Entry("made-up", tmp_path / "made_up.py", "Which?")
+    self._options = {}
     self._already_done = lambda final: None
     return self
 

@@ -95,6 +95,16 @@ def test_s5_a_missing_study_is_not_begun_anew_beside_its_snapshots(database):
     assert not database.exists()
 
 
+def test_a_study_is_not_begun_beside_what_a_lost_one_had_still_to_write(database):
+    wal = database.with_name("study.db-wal")
+    database.unlink()
+    wal.write_bytes(b"frames")
+    with pytest.raises(SearchError, match=r"missing, though its study.db-wal is there") as caught:
+        storage.open_study(f"sqlite:///{database}", "mine")
+    assert caught.value.exit_code == EXIT_DAMAGED
+    assert not database.exists()
+
+
 def test_somebody_else_s_file_among_the_snapshots_is_no_reason_to_end(database, monkeypatch):
     monkeypatch.setattr(snapshots, "_now", iter(["20260101-000000", "20260102-000000"]).__next__)
     Snapshots(database).take()
