@@ -186,7 +186,10 @@ class Retraining:
             if "diverged" not in job.record
             and not (
                 self._intact(job, "evaluation", "evaluation_sha256")
-                and (not self._is_shown(job) or self._intact(job, "pictures", "pictures_sha256"))
+                and (
+                    not self._needs_pictures(job)
+                    or self._intact(job, "pictures", "pictures_sha256")
+                )
             )
         ]
 
@@ -338,6 +341,13 @@ class Retraining:
         """Whether the report's pictures are this one's: of a winner's seeds, the first usable."""
         usable = (of.index for of in self.jobs if of.trial == job.trial and "model" in of.record)
         return job.index == min(usable)
+
+    def _needs_pictures(self, job: Job) -> bool:
+        """One seed of a winner has them: the one that got them, or the next where that has diverged
+        since. A run of an earlier version has none."""
+        of_winner = [of.record for of in self.jobs if of.trial == job.trial]
+        has_diverged = any("diverged" in record for record in of_winner)
+        return "pictures" in job.record or (has_diverged and self._is_shown(job))
 
     def _measured(self, job: Job, message: Message) -> None:
         if self._has_diverged(job, message):

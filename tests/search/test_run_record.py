@@ -143,6 +143,7 @@ def test_a_comparison_that_is_trained_again_was_told_its_precision_of_now():
     # All its trials are finished, but a search's would still be those of the precision before.
     before = {"told": {"precision": "bfloat16", "sampler": "random"}}
     fields = {"trials": 2, "sampler": "tpe", "pruner": "asha", "final_epochs": None}
+    fields |= {"top": 1, "seeds": 3}
     for kind, precision in (("comparison", "float32"), ("space", "bfloat16")):
         settings = SimpleNamespace(kind=kind, **fields)
         told = run_record.told(before, settings, "float32", 2, searches=False)

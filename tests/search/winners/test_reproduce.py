@@ -92,9 +92,10 @@ def test_a_missing_file_says_where_configs_are(tmp_path):
         read_config(tmp_path / "none.yaml")
 
 
-def test_a_config_without_seeds_is_refused(tmp_path):
-    config = CONFIG | {"training": CONFIG["training"] | {"seeds": []}}
-    with pytest.raises(SearchError, match=r"training\.seeds is empty"):
+@pytest.mark.parametrize("seeds", [[], ["a"], [True]])
+def test_a_config_without_seeds_is_refused(tmp_path, seeds):
+    config = CONFIG | {"training": CONFIG["training"] | {"seeds": seeds}}
+    with pytest.raises(SearchError, match=r"training\.seeds is a list of whole numbers"):
         read_config(write(tmp_path, config))
 
 
