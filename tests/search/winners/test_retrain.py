@@ -244,6 +244,35 @@ def test_where_the_first_seed_diverges_the_pictures_are_those_of_the_next(study,
     assert record["pictures_sha256"] == artifacts.sha256(tmp_path / record["pictures"])
 
 
+def test_a_seed_that_cannot_be_measured_has_diverged_and_the_next_gets_the_pictures(
+    study, tmp_path
+):
+    pool = pool_of(tmp_path, num_slots=1)
+    work = pool._script
+
+    def not_finite(trial, attempt):
+        task = pool.given[-1][2]
+        if task["path"].endswith("trial-1-seed-0.npz"):
+            reason = "outputs that are not finite for 3 of 10 test images"
+            yield {"type": "finished", "outcome": "diverged", "reason": reason, "rss": 1}
+        yield from work(trial, attempt)
+
+    pool._script = not_finite
+    first, second = retrain(study, tmp_path, pool, seeds=2).jobs
+    assert first.record["diverged"].startswith("outputs that are not finite")
+    assert "model" not in first.record
+    assert "evaluation" in second.record
+    assert second.record["pictures"] == "evaluation/trial-1-seed-1-pictures.npz"
+    # Measured beside the first, which was to have them, it gets them from the same command.
+    for name in ("pictures", "pictures_sha256"):
+        del second.record[name]
+    study.set_user_attr(second.key, second.record)
+    pool = pool_of(tmp_path)
+    _, second = retrain(study, tmp_path, pool, seeds=2).jobs
+    assert [content["task"] for _, _, content in pool.given] == ["evaluate"]
+    assert "pictures" in second.record
+
+
 def test_another_precision_is_trained_and_measured_again(study, tmp_path):
     first = retrain(study, tmp_path, pool_of(tmp_path), seeds=1)
     assert first.jobs[0].record["precision"] == "float32"
