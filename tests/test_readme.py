@@ -36,7 +36,12 @@ def test_every_command_and_option_exists():
         "--no-deps",
         *("--nodes", "--ntasks-per-node", "--gpus-per-task", "--cpus-per-task", "--time"),  # Slurm
         "--min-nodes",  # ray symmetric-run
-        *("--all", "--minutes", "--table"),  # python -m tests.faults, tests.benchmarks.*
+        *(
+            "--all",
+            "--minutes",
+            "--table",
+            "--reports",
+        ),  # python -m tests.faults, tests.benchmarks.*
     }:
         assert any(option in text for text in helps.values()), option
 
