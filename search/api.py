@@ -121,7 +121,7 @@ def run(
             exit_code=EXIT_USAGE,
         )
     options = _as_the_command_takes_them(options)
-    folder, before = Path(out or "."), None
+    before = None
     if isinstance(study, Study):
         folder = Path(out or Path("runs") / study.name)
         path = folder / "study.py"

@@ -36,7 +36,7 @@ from search.view import notes
 from search.view.progress import View
 from search.view.trial_logs import Logs, open_logs
 from search.winners import comparison, export
-from search.winners.retrain import Job, Retraining, jobs_of
+from search.winners.retrain import Job, Retraining, count_tested, jobs_of
 from search.workers import devices
 from search.workers.engine import Engine
 from search.workers.local import LocalEngine
@@ -375,7 +375,7 @@ class _Journey:
 
         def saved(job: Job) -> None:
             keep(job)
-            results.count_tested(study, job.record)
+            count_tested(study, job.record)
             if self._snapshots:
                 self._snapshots.take_if_due()
 

@@ -13,7 +13,6 @@ from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 ACCURACY = "validation accuracy"
 # Parts of the data as published figures name them -> as winners do.
 PARTS = {"train": "train", "val": "validation", "test": "test"}
-_TESTED = "tested"  # a study's attribute: hashes of models
 _SHOWN_ELSEWHERE = ("known_point", "seconds", "reason", "stderr", "traceback")
 
 
@@ -202,19 +201,6 @@ def diverged(figures: Mapping[str, Any]) -> Iterator[str]:
         if len(lost["params"]) == 1:
             name += f" ({point_name(lost['params'])})"
         yield f"{name} has no figures: it diverged with every seed ({lost['reason']})"
-
-
-def count_tested(study: optuna.Study, record: Mapping[str, Any]) -> None:
-    """Keep of each model that its figures on the test set have been seen, also of those that are no
-    more: who retrains until one is good has chosen by them."""
-    seen = study.user_attrs.get(_TESTED, [])
-    if "evaluation" in record and record["model_sha256"] not in seen:
-        study.set_user_attr(_TESTED, [*seen, record["model_sha256"]])
-
-
-def num_tested(study: optuna.Study) -> int:
-    """Models of this study whose figures on the test set have been seen."""
-    return len(study.user_attrs.get(_TESTED, []))
 
 
 def tested_besides(figures: Mapping[str, Any]) -> str:

@@ -188,9 +188,9 @@ def _main(
     lines += _left_out(callbacks)
     if getattr(model.optimizer, "use_ema", False):
         lines.append(
-            "    # The search's own average of the weights is of more steps, the longer it"
+            "    # In the search the average is of the last ninth of the steps at first; here"
         )
-        lines.append("    # trains; Keras's is of as many from the first to the last.")
+        lines.append("    # of as many steps from the first to the last.")
         if any(getattr(callback, "restore_best_weights", False) for callback in callbacks):
             lines.append("    # The best weights are those of the average.")
             written.insert(0, "keras.callbacks.SwapEMAWeights(swap_on_epoch=True)")

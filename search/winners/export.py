@@ -46,7 +46,7 @@ from search.data.weights import RANDOM
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
 from search.settings import Settings, resolve
 from search.winners import evaluation
-from search.winners.retrain import Job, new_job
+from search.winners.retrain import Job, new_job, num_tested
 from search.workers.pool import run_task
 
 
@@ -74,7 +74,7 @@ def metrics(
             "value_name": results.value_name(run),
         },
         **measured(jobs, run, settings, folder),
-        "tested": results.num_tested(study),
+        "tested": num_tested(study),
         "provenance": provenance.collect(),
     }
 

@@ -30,6 +30,7 @@ from search.workers.slots import OUT_OF_MEMORY, Event, Slot
 
 logger = logging.getLogger("search")
 
+_TESTED = "tested"  # a study's attribute: hashes of models
 # A worker with more threads costs a start of some ten seconds: only worth it for longer work.
 WORTH_A_START = 60  # seconds of training
 # What a worker tells of a training that is stored as it is.
@@ -97,6 +98,19 @@ def jobs_of(study: optuna.Study, settings: Settings) -> list[Job]:
             job.take(stored)
             jobs.append(job)
     return jobs
+
+
+def count_tested(study: optuna.Study, record: dict[str, Any]) -> None:
+    """Keep of each model that its figures on the test set have been seen, also of those that are no
+    more: who retrains until one is good has chosen by them."""
+    seen = study.user_attrs.get(_TESTED, [])
+    if "evaluation" in record and record["model_sha256"] not in seen:
+        study.set_user_attr(_TESTED, [*seen, record["model_sha256"]])
+
+
+def num_tested(study: optuna.Study) -> int:
+    """Models of this study whose figures on the test set have been seen."""
+    return len(study.user_attrs.get(_TESTED, []))
 
 
 def new_job(trial: FrozenTrial, index: int, settings: Settings, num_reports: int) -> Job:

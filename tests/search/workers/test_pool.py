@@ -1,6 +1,7 @@
 import json
 import re
 import socket
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +153,36 @@ def listen(pool, until=None):
         polls += 1
         assert time.monotonic() < end
     return events
+
+
+def talking(make, num_workers):
+    """A pool of workers that are all at a trial, and what one says."""
+    pool, engine = make(num_workers)
+    for worker in engine.started:
+        worker.be_ready()
+    listen(pool, lambda: len(pool.idle()) == num_workers)
+    for number, slot in enumerate(pool.slots):
+        pool.give(slot, number, 1, {"task": "trial"})
+    return pool, lambda of: engine.started[of].say("progress", trial=of, attempt=1, note="")
+
+
+def test_what_many_say_within_a_moment_is_heard_at_once(make, monkeypatch):
+    monkeypatch.setattr("search.workers.pool._MANY", 1)
+    monkeypatch.setattr("search.workers.pool._GATHERING", 0.5)
+    pool, say = talking(make, 2)
+    say(0)
+    threading.Timer(0.1, say, [1]).start()
+    assert sorted(event.task.trial for event in heard(pool)) == [0, 1]
+
+
+def test_a_death_without_a_word_is_seen_while_others_talk(make):
+    pool, say = talking(make, 2)
+    pool.slots[1].worker.die_unheard()
+    end, events = time.monotonic() + 10, []
+    while not any(event.lost for event in events):
+        say(0)
+        events += heard(pool)
+        assert time.monotonic() < end
 
 
 def test_a_worker_is_opened_described_prepared_and_ready(make):
