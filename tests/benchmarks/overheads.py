@@ -79,6 +79,19 @@ study = Study(name="overheads", objective=objective, pruner="none")
 
 
 def main() -> None:
+    given = options()
+    os.environ[REPORTS] = str(given.reports)
+    if given.case:
+        print(json.dumps(measure(Path(given.case), given)))
+    elif given.start:
+        print_starts()
+    elif given.run:
+        print_run(given.run)
+    else:
+        print_coordinator(given)
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--trials", type=int, nargs="+", default=[100, 1_000, 10_000])
@@ -89,16 +102,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path)
     parser.add_argument("--profile", type=Path, help="file for cProfile's CPU seconds")
     parser.add_argument("--case", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    os.environ[REPORTS] = str(given.reports)
-    if given.case:
-        print(json.dumps(measure(Path(given.case), given)))
-    elif given.start:
-        print_starts()
-    elif given.run:
-        print_run(given.run)
-    else:
-        print_coordinator(given)
+    return parser.parse_args(arguments)
 
 
 def print_coordinator(given: argparse.Namespace) -> None:
