@@ -66,10 +66,9 @@ class Result:
         Raises:
             SearchError: if no trial is complete.
         """
-        rows = results.rows(self.study)
-        if not rows or rows[0].state != "complete":
+        if (best := results.best(self.study)) is None:
             raise SearchError(f"no trial of {self.study.study_name!r} is complete yet")
-        return rows[0]
+        return best
 
     def models(self) -> list[keras.Model]:
         """The retrained winners, best first, each once for each seed; imports Keras.
@@ -85,9 +84,9 @@ class Result:
         return [keras.models.load_model(path, compile=False) for path in paths]
 
     def __repr__(self) -> str:
-        rows = results.rows(self.study)
-        best = f"best trial {rows[0].number}: {rows[0].value}" if rows else "no trial"
-        return f"Result(folder={str(self.folder)!r}, {len(rows)} trials, {best})"
+        best, num_trials = results.best(self.study), len(self.study.get_trials(deepcopy=False))
+        said = f"best trial {best.number}: {best.value}" if best else "none complete"
+        return f"Result(folder={str(self.folder)!r}, {num_trials} trials, {said})"
 
 
 def run(

@@ -314,7 +314,7 @@ class Coordinator:
         self._view.finished(
             state, trial.number, value, reports=num_reports, seconds=ending["seconds"]
         )
-        self._view.saved = results.saved_share(self._study)
+        self._view.saves(results.saved_share(self._study))
         if state != "fail":
             self._failures = None
         elif self._failures is not None:

@@ -29,6 +29,7 @@ from search.data.fetching import DataFile
 from search.errors import EXIT_USAGE, SearchError
 from search.storage import storage
 from search.workers import devices
+from search.workers.local import environment
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 BACKEND_TIMEOUT = 180  # seconds; a cold import of TensorFlow takes six, on a network disk a minute
@@ -127,12 +128,10 @@ def _backend() -> Iterator[Finding]:
     """As a worker will import it, in a process of its own: the import may crash or hang."""
     name = os.environ.get("KERAS_BACKEND", "tensorflow")
     device = devices.share_out("auto")[0]
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", _ASK_BACKEND], capture_output=True, text=True,
-            timeout=BACKEND_TIMEOUT, env={**os.environ, **device.environment(), "PYTHONPATH": path},
+            timeout=BACKEND_TIMEOUT, env=environment(device),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         yield Finding(

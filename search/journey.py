@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 from optuna.trial import TrialState
 
 from search import artifacts, catalogue, folders, results, run_record, signals
@@ -45,7 +46,7 @@ from search.workers.pool import Pool
 logger = logging.getLogger("search")
 
 # Seconds that the report of an interrupted run may take; `fmnist-search report` has as long as it
-# needs. Measured on one core: 2 s for 100 trials, 40 s for 2000.
+# needs. Measured on one core: 2 s for 100 trials, 4 s for 2 000.
 _LAST_REPORT = 5.0
 
 
@@ -57,7 +58,7 @@ class Outcome:
     url: str
     settings: Settings
     num_finished: int
-    best: tuple[int, float, str] | None  # trial, value, weights that it began from
+    best: results.Row | None  # complete trial
     metrics: dict[str, Any] | None  # None where nothing was retrained
 
 
@@ -124,10 +125,9 @@ class _Journey:
 
     def go(self, final: bool) -> Outcome:
         if outcome := self._already_done(final):
-            assert self._study is not None
             if self._options.get("log"):
                 logger.warning("--log writes of trials while they run: all are finished")
-            if not drawing.is_drawn(self._study, self._folder, self._entry.summary):
+            if not drawing.is_drawn(self._begun, self._folder, self._entry.summary):
                 self._report()
             return outcome
         try:
@@ -229,8 +229,7 @@ class _Journey:
             return None
         if not final or settings.kind == "objective":
             return self._outcome(settings, None)
-        assert self._study is not None
-        stored = self._study.user_attrs.get("artifacts", {})
+        stored = self._begun.user_attrs.get("artifacts", {})
         if not stored or not all(
             (self._folder / name).is_file() and artifacts.sha256(self._folder / name) == sha256
             for name, sha256 in stored.items()
@@ -239,7 +238,7 @@ class _Journey:
         if settings.precision not in ("auto", run["precision"]):
             return None
         retraining = self._retraining(settings)
-        measured = self._study.user_attrs.get("measured")
+        measured = self._begun.user_attrs.get("measured")
         if not retraining.is_done() or measured != self._measured(retraining.jobs):
             return None
         return self._outcome(settings, artifacts.read_json(self._folder / "metrics.json"))
@@ -325,8 +324,7 @@ class _Journey:
         return settings
 
     def _search(self, pool: Pool, settings: Settings, logs: Logs) -> None:
-        study, run = self._study, self._run()
-        assert study is not None
+        study, run = self._begun, self._run()
         assert run is not None
         self._view.begin("searching", settings.trials, run["num_reports"])
         for row in sorted(results.rows(study), key=lambda row: row.number):
@@ -334,7 +332,7 @@ class _Journey:
                 self._view.finished(
                     row.state, row.number, row.value, reports=row.reports, seconds=row.seconds
                 )
-        self._view.saved = results.saved_share(study)
+        self._view.saves(results.saved_share(study))
         points = run["known_points"]
         Coordinator(study, settings, points, self._view, logs, self._snapshots).search(pool)
         self._take_snapshot()
@@ -346,8 +344,7 @@ class _Journey:
             )
 
     def _compare(self, pool: Pool, settings: Settings) -> None:
-        study = self._study
-        assert study is not None
+        study = self._begun
 
         def save(job: Job) -> None:
             study.set_user_attr(job.key, job.record)
@@ -366,8 +363,7 @@ class _Journey:
     def _retraining(
         self, settings: Settings, save: Callable[[Job], None] | None = None
     ) -> Retraining:
-        study, run = self._study, self._run()
-        assert study is not None
+        study, run = self._begun, self._run()
         assert run is not None
         jobs = comparison.jobs_of if settings.kind == "comparison" else jobs_of
 
@@ -389,28 +385,33 @@ class _Journey:
         )
 
     def _write(self, settings: Settings, jobs: list[Job]) -> dict[str, Any]:
-        assert self._study is not None
-        figures = export.metrics(self._study, settings, jobs, self._folder)
+        study = self._begun
+        figures = export.metrics(study, settings, jobs, self._folder)
         written = export.write(figures, self._folder)
-        self._study.set_user_attr(
+        study.set_user_attr(
             "artifacts",
             {str(path.relative_to(self._folder)): artifacts.sha256(path) for path in written},
         )
-        notes.save_answer(self._study, figures)
-        if plots := drawing.plots(self._study, self._folder):
-            notes.save_plots(self._study, plots)
-        self._study.set_user_attr("measured", self._measured(jobs))
+        notes.save_answer(study, figures)
+        if plots := drawing.plots(study, self._folder):
+            notes.save_plots(study, plots)
+        study.set_user_attr("measured", self._measured(jobs))
         self._take_snapshot()
         return figures
 
     def _report(self, seconds: float | None = None) -> None:
-        assert self._study is not None
-        drawing.draw(self._study, self._folder, self._entry.summary, seconds)
+        drawing.draw(self._begun, self._folder, self._entry.summary, seconds)
 
     def _measured(self, jobs: list[Job]) -> dict[str, Any]:
         """What metrics.json was made from: made again when any of it is another."""
         evaluations = {job.stem: job.record.get("evaluation_sha256") for job in jobs}
         return {"trials": self._num_finished(), "evaluations": evaluations}
+
+    @property
+    def _begun(self) -> optuna.Study:
+        """The study, where there is known to be one."""
+        assert self._study is not None
+        return self._study
 
     def _run(self) -> dict[str, Any] | None:
         return run_record.of(self._study, self._folder)
@@ -421,22 +422,11 @@ class _Journey:
         return sum(trial.state.is_finished() for trial in self._study.get_trials(deepcopy=False))
 
     def _is_any_running(self) -> bool:
-        assert self._study is not None
-        return bool(self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        return bool(self._begun.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
     def _outcome(self, settings: Settings, figures: dict[str, Any] | None) -> Outcome:
-        assert self._study is not None
-        best = next(
-            (
-                (row.number, row.value or 0.0, row.weights)
-                for row in results.rows(self._study)[:1]
-                if row.state == "complete"
-            ),
-            None,
-        )
-        return Outcome(
-            self._folder, self._database.url, settings, self._num_finished(), best, figures
-        )
+        best, url = results.best(self._begun), self._database.url
+        return Outcome(self._folder, url, settings, self._num_finished(), best, figures)
 
 
 def _refuse_cluster_options(options: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -166,13 +167,28 @@ def saved_share(study: optuna.Study) -> float:
     return saved / (trained + saved) if saved else 0.0
 
 
+def best(study: optuna.Study) -> Row | None:
+    """The best complete trial."""
+    first = next(iter(rows(study)), None)
+    return first if first and first.state == "complete" else None
+
+
+def attempts_of(trial: FrozenTrial) -> list[dict[str, Any]]:
+    """A trial's attempts, as the coordinator stores them."""
+    return list(trial.user_attrs.get("attempts", []))
+
+
+def end_of(attempt: Mapping[str, Any]) -> float:
+    """Seconds since 1970; of one that runs or was cut off, when it was last heard of."""
+    return float(attempt.get("end", attempt.get("seen", attempt["start"])))
+
+
 def search_seconds(study: optuna.Study) -> float:
     """Time in which at least one trial was running, however often the search was interrupted."""
-    # One that an interruption has cut off has no end: it ran until it was last seen.
     intervals = sorted(
-        (attempt["start"], attempt.get("end", attempt.get("seen", attempt["start"])))
+        (attempt["start"], end_of(attempt))
         for trial in study.get_trials(deepcopy=False)
-        for attempt in trial.user_attrs.get("attempts", [])
+        for attempt in attempts_of(trial)
     )
     total, reached = 0.0, 0.0
     for start, end in intervals:
@@ -194,8 +210,15 @@ def published(winner: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             yield name, f"{there:.4f}", "not measured", ""
 
 
-def diverged(figures: Mapping[str, Any]) -> Iterator[str]:
-    """What metrics.json has no figures of, a line for each."""
+def remarks(figures: Mapping[str, Any]) -> Iterator[str]:
+    """What is to be known of metrics.json's figures, a line for each."""
+    yield from _diverged(figures)
+    if line := tested_besides(figures):
+        yield line
+
+
+def _diverged(figures: Mapping[str, Any]) -> Iterator[str]:
+    """What it has no figures of."""
     for lost in figures.get("diverged", []):
         name = f"trial {lost['trial']}"
         if len(lost["params"]) == 1:
@@ -227,6 +250,14 @@ def decimal(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min` or `1 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def short(value: Any) -> str:
@@ -272,3 +303,16 @@ def spread(part: Mapping[str, Any] | None, name: str, num_seeds: int) -> str:
         return ""
     mean = f"{part['mean'][name]:.4f}"
     return f"{mean} ± {part['std'][name]:.4f}" if num_seeds > 1 else mean
+
+
+def of_test_images(winner: Mapping[str, Any]) -> str:
+    """How sure an accuracy on so few test images can be, in words: half of Wilson's interval for
+    95 %. The spread over seeds doesn't hold it, since all are measured on the same images."""
+    num_images = sum(map(sum, winner["seeds"][0]["test"]["confusion_matrix"]))
+    accuracy, z = winner["test"]["mean"]["accuracy"], 1.96
+    variance = accuracy * (1 - accuracy) / num_images + (z / (2 * num_images)) ** 2
+    half = z * math.sqrt(variance) / (1 + z * z / num_images)
+    return (
+        f"the choice of the {num_images:,} test images makes ± {100 * half:.2f} points besides "
+        "(95 %)"
+    )

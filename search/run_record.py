@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,18 @@ def changed(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
         for name in ("sampler", "pruner", "precision")
         if told.get(name) not in (None, now["told"][name])
     ]
+
+
+def options(run: Mapping[str, Any]) -> list[str]:
+    """What the command line has to say so that a run goes on, of that which it keeps."""
+    fixed, described = run["fixed"], run["described"]
+    words = [] if fixed["kind"] == "objective" else ["--epochs", f"{fixed['epochs']:.15g}"]
+    words += ["--seed", str(fixed["seed"])]
+    for name in ("dataset", "weights"):
+        known = run[name]
+        if known and known["reference"] != described.get(name):
+            words += [f"--{name}", known["reference"]]
+    return words
 
 
 def made_with(before: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -5,9 +5,11 @@
 The defaults are a strong model as it stands. Two rules keep the dearest point at about five times
 the defaults' cost: the second size of kernel is offered to the first convolution only, where a map
 has few channels, and no layer has more than MAX_FILTERS filters. A third bounds the dense layer's
-weights: the last block may keep its map only where that is at most MAX_KEPT_MAP pixels wide. A
-fourth keeps shallow networks from being blind: a map that is wider than about MAX_GLOBAL_MAP pixels
-is flattened, unless the images are so large that this would make too many weights.
+weights: the last block may keep its map only where that is at most MAX_KEPT_MAP pixels wide (of
+images above SMALL_IMAGE a few blocks still leave tens of millions; a study's `max_parameters` or
+`max_memory` refuses such points). A fourth keeps shallow networks from being blind: a map that is
+wider than about MAX_GLOBAL_MAP pixels is flattened, unless the images are so large that this would
+make too many weights.
 """
 
 from __future__ import annotations

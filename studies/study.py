@@ -94,6 +94,13 @@ class Study:
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{field} is a whole number of at least 1. Received: {value!r}")
+        if not isinstance(self.known_points, tuple | list) or not all(
+            isinstance(point, Mapping) for point in self.known_points
+        ):
+            raise ValueError(
+                "known_points is a tuple of dictionaries, each with a point's values by name; of "
+                f"one point ({{...}},). Received: {self.known_points!r}"
+            )
         if self.compare and (self.space is None or not self.known_points):
             raise ValueError(
                 "A study that compares has a space and known_points. "
@@ -111,11 +118,14 @@ class Study:
                     "published names a part's figure, such as train_loss, val_accuracy, test_f1. "
                     f"Received: {name!r}"
                 )
-        if self.reduction_factor < 2:
-            raise ValueError(f"reduction_factor is at least 2. Received: {self.reduction_factor!r}")
+        if not isinstance(self.reduction_factor, int) or self.reduction_factor < 2:
+            raise ValueError(
+                "reduction_factor is a whole number of at least 2. "
+                f"Received: {self.reduction_factor!r}"
+            )
         for field in ("epochs", "final_epochs"):
             value = getattr(self, field)
             if field == "final_epochs" and value is None:
                 continue
-            if not (math.isfinite(value) and value > 0):
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{field} is a number above 0. Received: {value!r}")

@@ -10,6 +10,7 @@ import click
 
 from search.cli import again, look, options, runs
 from search.errors import EXIT_USAGE, SearchError
+from studies.study import PRUNERS, SAMPLERS
 
 
 @click.group(invoke_without_command=True, context_settings=options.CONTEXT)
@@ -29,7 +30,11 @@ from search.errors import EXIT_USAGE, SearchError
     help="fashion_mnist, mnist, cifar10 or digits; a file of x_train, y_train, x_test, y_test; "
     "a folder of train/CLASS/*.png and test/CLASS/*.png.  [default: the study's]",
 )
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Of the study.  [default: 0]")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    help="Of draws, weights and the order of images.  [default: 0]",
+)
 @options.out
 @click.option("--time-budget", type=options.Duration(), help="Of the search, such as 90m.")
 @click.option(
@@ -37,13 +42,13 @@ from search.errors import EXIT_USAGE, SearchError
 )
 @click.option(
     "--sampler",
-    type=click.Choice(["tpe", "random", "qmc"]),
+    type=click.Choice(SAMPLERS),
     help="Which point next: learnt from the others (TPE), at random, or spread evenly (a "
     "quasi-random sequence).  [default: the study's]",
 )
 @click.option(
     "--pruner",
-    type=click.Choice(["asha", "median", "none"]),
+    type=click.Choice(PRUNERS),
     help="Which trials end early: those not among the best share at a report (successive halving), "
     "those worse than the median, or none.  [default: the study's]",
 )

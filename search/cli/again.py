@@ -23,9 +23,9 @@ def retrain(study: str, out: Path | None, **values: Any) -> None:
     Example:
       fmnist-search retrain --study cnn --top 3 --seeds 5 --final-epochs 30
     """
-    runs.opened(study, out, values["storage"])  # there must be something to retrain
+    found, _ = runs.opened(study, out, values["storage"])
     given = {name: value for name, value in values.items() if value is not None}
-    stored = {"storage": None, **runs.stored_options(study, out, values["storage"])}
+    stored = {"storage": None, **runs.stored_options(found)}
     runs.journey(study, out, {**stored, **given, "search": False})
 
 
@@ -74,7 +74,7 @@ def repeat(study: str, out: Path | None, storage: str | None, trial: int, **valu
     from search.winners import repeat as repeating
 
     opened, _ = runs.opened(study, out, storage)
-    stored = runs.stored_options(study, out, storage)
+    stored = runs.stored_options(opened)
     anew = "the same command begins the trial anew"
     with tempfile.TemporaryDirectory() as folder, runs.watched(values, anew) as view:
         file = catalogue.find(study).file
@@ -101,12 +101,18 @@ def move(study: str, source: str, target: str) -> None:
     from search import catalogue
     from search.storage import moving
     from search.storage import storage as stores
+    from search.storage.sqlite_file import SqliteFile
 
-    name = catalogue.find(study).name
+    entry = catalogue.find(study)
     source_, target_ = stores.at(source), stores.at(target)
-    num_trials = moving.move(name, source_, target_)
-    click.echo(f"{name}: {num_trials} trials moved from {source_.label} to {target_.label}")
-    click.echo(f"go on with: fmnist-search {runs.same_run(study, None, target_.url)}")
+    num_trials = moving.move(entry.name, source_, target_)
+    click.echo(f"{entry.name}: {num_trials} trials moved from {source_.label} to {target_.label}")
+    # The run's folder is where its file was, or where it is now.
+    files = [end.path for end in (source_, target_) if isinstance(end, SqliteFile)]
+    folder = next((file.parent for file in files if file.name == "study.db"), None)
+    usual = runs.folder_of(entry, None).absolute()
+    out = folder if folder and folder.absolute() != usual else None
+    click.echo(f"go on with: fmnist-search {runs.same_search(study, out, target_.url)}")
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -147,4 +153,4 @@ def repair(study: str, out: Path | None, storage: str | None) -> None:
     click.echo(f"{path} is {restored.snapshot} now, with {restored.num_trials} finished trials")
     if restored.aside:
         click.echo(f"the damaged file lies in {restored.aside}")
-    click.echo(f"go on with: fmnist-search {runs.same_run(study, out, storage)}")
+    click.echo(f"go on with: fmnist-search {runs.same_search(study, out, storage)}")

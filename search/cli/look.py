@@ -163,7 +163,7 @@ def export(
         from search import catalogue
 
         file = catalogue.find(study).file
-        stored = runs.stored_options(study, out, storage)
+        stored = runs.stored_options(opened)
         click.echo(export.script(opened, chosen[0], file, stored), nl=False)
         return
     click.echo(export.leaderboard(opened, chosen, format_), nl=False)

@@ -76,11 +76,19 @@ def same_run(study: str, out: Path | None, url: str | None) -> str:
     return " ".join(f"{name} {shlex.quote(str(value))}" for name, value in named.items() if value)
 
 
-def stored_options(study: str, out: Path | None, url: str | None) -> dict[str, Any]:
+def same_search(study: str, out: Path | None, url: str | None) -> str:
+    """The options with which a run goes on: those that name it, and what it began with."""
+    from search import run_record
+
+    run = opened(study, out, url)[0].user_attrs.get("run")
+    kept = run_record.options(run) if run else []
+    return " ".join([same_run(study, out, url), *map(shlex.quote, kept)])
+
+
+def stored_options(found: optuna.Study) -> dict[str, Any]:
     """What the run began with, so that `retrain` need not be told again."""
     from search.settings import USELESS
 
-    found, _ = opened(study, out, url)
     run = found.user_attrs.get("run")
     if run is None:
         return {}

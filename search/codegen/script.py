@@ -100,6 +100,7 @@ def batches(x, y):
         yield x[chosen], y[chosen]'''
 
 _MEASURE = """\
+    # The loss is the one that is trained, label smoothing included.
     figures = model.evaluate(x_test, y_test, batch_size=500, verbose=0, return_dict=True)
     print(f"parameters: {model.count_params()}")
     for name, value in figures.items():

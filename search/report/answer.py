@@ -8,12 +8,12 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from search import results
+from search.data.weights import RANDOM
 from search.report import bars, page
 from search.report.bars import name_of
 from search.report.page import Html, text
 from search.report.source import Run
-from search.results import short, spread
-from search.view.live import duration
+from search.results import duration, short, spread
 
 _WHY_NO_METRICS = {
     "space": "The winners have not been retrained yet: there is no test accuracy. What is shown is "
@@ -100,7 +100,8 @@ def _hero(run: Run) -> list[Html]:
     what = "test accuracy"
     if run.is_comparison:
         what += f" of {name_of(winner, run)}, the best on validation data"
-    return [_big(test["mean"]["accuracy"], what, spread + known)]
+    remark = f"{spread}; {results.of_test_images(winner)}{known}"
+    return [_big(test["mean"]["accuracy"], what, remark)]
 
 
 def _big(value: float, what: str, remark: str, *, as_share: bool = True) -> Html:
@@ -119,16 +120,14 @@ def _remarks(run: Run) -> Iterable[Html]:
             f"The search has gone on since the winners were retrained: {finished} trials are "
             f"finished, the winners are those of {measured}.", warns=True
         )  # fmt: skip
-    random = [name_of(w, run) for w in run.winners if w["weights"] == "random weights"]
+    random = [name_of(w, run) for w in run.winners if w["weights"] == RANDOM]
     if random:
         yield page.note(
             f"{', '.join(random)}: from random weights, where the published model begins from "
             "pretrained ones. The figures are not those of the published method.", warns=True
         )  # fmt: skip
-    if line := results.tested_besides(run.metrics):
+    for line in results.remarks(run.metrics):
         yield page.note(f"{line[0].upper()}{line[1:]}.", warns=True)
-    for line in results.diverged(run.metrics):
-        yield page.note(f"{line}.", warns=True)
     for winner in run.winners:
         if winner["diverged"]:
             yield page.note(

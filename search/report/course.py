@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.report import theme
 from search.report.page import label
 from search.report.source import Run
-from search.results import short
+from search.results import attempts_of, end_of, short
 
 MOST_CURVES = 300  # two thirds the best, the others drawn at random
 
@@ -100,12 +100,6 @@ def _reached(trials: Iterable[tuple[float, FrozenTrial]]) -> list[Reached]:
             best = value if best is None else max(value, best)
         reached.append(Reached(trial.number, hours, value, best, is_complete))
     return reached
-
-
-def hours_searched(trials: Sequence[FrozenTrial]) -> float:
-    """Until the last trial ended, pruned ones included."""
-    ends = [end_of(attempt) for trial in trials for attempt in attempts_of(trial)]
-    return Clock(trials).hours(max(ends, default=0.0))
 
 
 def hours_figure(reached: Sequence[Reached], searched: float, value_name: str) -> go.Figure:
@@ -196,16 +190,6 @@ def curves_figure(drawn: Sequence[Curve], run: Run) -> go.Figure:
     figure.update_yaxes(range=theme.focus([y for curve in drawn for y in curve.y]))
     x = "epochs" if run.epochs_per_report else "reports"
     return theme.styled(figure, x=x, y=run.value_name, hovermode="closest")
-
-
-def attempts_of(trial: FrozenTrial) -> list[dict]:
-    """A trial's attempts, as the coordinator stores them."""
-    return [one for one in trial.user_attrs.get("attempts", []) if "start" in one]
-
-
-def end_of(attempt: dict) -> float:
-    """Seconds since 1970; of one that runs, when it was last heard of."""
-    return float(attempt.get("end") or attempt.get("seen") or attempt["start"])
 
 
 def _last_value(trial: FrozenTrial) -> float:

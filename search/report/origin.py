@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from search import run_record
 from search.report import images, page, theme
 from search.report.page import Html, label
 from search.report.source import Run
@@ -104,15 +105,9 @@ def again_parts(run: Run) -> list[Html]:
 def command(run: Run) -> str:
     """The command line that does the run again, with what it began with."""
     started = run.started
-    fixed, described = started["fixed"], started["described"]
-    told = started["told"]
+    described, told = started["described"], started["told"]
     words = ["fmnist-search", "--study", started["file"] or run.name]
-    words += [] if run.kind == "objective" else ["--epochs", f"{fixed['epochs']:.15g}"]
-    words += ["--seed", str(fixed["seed"])]
-    for name in ("dataset", "weights"):
-        known = started[name]
-        if known and known["reference"] != described.get(name):
-            words += [f"--{name}", known["reference"]]
+    words += run_record.options(started)
     if not run.is_comparison:
         words += ["--trials", str(told["trials"])]
     if told["workers"]:

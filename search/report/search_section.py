@@ -73,9 +73,7 @@ def _course(run: Run) -> list[Html]:
         figures.append(
             _plotted(
                 "Best so far, by time",
-                lambda: course.hours_figure(
-                    timed, course.hours_searched(run.trials), run.value_name
-                ),
+                lambda: course.hours_figure(timed, run.seconds / 3600, run.value_name),
                 "The same against the time in which trials ran; pauses are cut out.",
                 height=300,
             )

@@ -10,8 +10,9 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from search.report import theme
-from search.report.course import Clock, attempts_of, end_of, unit_of
+from search.report.course import Clock, unit_of
 from search.report.page import label
+from search.results import attempts_of, end_of
 
 _FINISHED_OTHERWISE = ("diverged", "out_of_memory", "invalid", "error")
 _SEARCH_ENDED = "coordinator ended"  # search/trial.py

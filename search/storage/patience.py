@@ -63,7 +63,7 @@ def patiently(
     call: Callable[[bool], _Answer],
     where: object,
     *,
-    patience: float = PATIENCE,
+    patience: float | None = None,
     wait: Callable[[float], None] = time.sleep,
 ) -> _Answer:
     """The answer to a call to the storage, tried again while its failures may pass.
@@ -71,12 +71,13 @@ def patiently(
     Args:
         call: takes whether it is tried again.
         where: the storage, for messages.
-        patience: seconds.
+        patience: seconds; None for PATIENCE.
         wait: for so many seconds; may raise, to end it all.
 
     Raises:
         SearchError: when patience is at its end; exit code 3.
     """
+    patience = PATIENCE if patience is None else patience
     began, pause, again, said = time.monotonic(), _FIRST_WAIT, False, False
     while True:
         try:
@@ -118,7 +119,6 @@ class PatientStorage(optuna.storages.RDBStorage):
 
     Args:
         where: what messages call it.
-        patience: seconds.
         wait: as of `patiently`.
         arguments: of `RDBStorage`.
     """
@@ -127,11 +127,10 @@ class PatientStorage(optuna.storages.RDBStorage):
         self,
         where: object,
         *arguments: Any,
-        patience: float = PATIENCE,
         wait: Callable[[float], None] = time.sleep,
         **named: Any,
     ):
-        self.patiently = functools.partial(patiently, where=where, patience=patience, wait=wait)
+        self.patiently = functools.partial(patiently, where=where, wait=wait)
         self._num_before: int | None = None  # trials, before one that is being made
         self.patiently(lambda _: super(PatientStorage, self).__init__(*arguments, **named))
 

@@ -107,9 +107,7 @@ class Postgres(Database):
                     end and end()
             self._locked = self._engine = None
 
-    def storage(
-        self, study_name: str, wait: Callable[[float], None], patience: float
-    ) -> PatientStorage:
+    def storage(self, study_name: str, wait: Callable[[float], None]) -> PatientStorage:
         from search.storage.patience import PatientStorage
 
         def connect() -> psycopg.Connection:
@@ -120,7 +118,6 @@ class Postgres(Database):
         storage = PatientStorage(
             self.label,
             _DRIVER,
-            patience=patience,
             wait=wait,
             skip_table_creation=True,
             skip_compatibility_check=True,  # just done; it takes a second connection

@@ -63,21 +63,18 @@ class SqliteFile(Database):
 
         return Snapshots(self.path)
 
-    def storage(
-        self, study_name: str, wait: Callable[[float], None], patience: float
-    ) -> PatientStorage:
+    def storage(self, study_name: str, wait: Callable[[float], None]) -> PatientStorage:
         from sqlalchemy import event
 
         from search.storage.patience import PatientStorage, patiently
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._check_file(patience=patience, wait=wait)
+        self._check_file(wait=wait)
         if not self.path.exists():
             patiently(lambda _: _create(self.path), self.path, wait=wait)
         storage = PatientStorage(
             self.path,
             self.url,
-            patience=patience,
             wait=wait,
             engine_kwargs={"connect_args": {"timeout": _BUSY}},
         )

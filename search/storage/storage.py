@@ -54,9 +54,7 @@ class Database(ABC):
         """Hold a study for this process alone; raises SearchError naming who else holds it."""
 
     @abstractmethod
-    def storage(
-        self, study_name: str, wait: Callable[[float], None], patience: float
-    ) -> PatientStorage:
+    def storage(self, study_name: str, wait: Callable[[float], None]) -> PatientStorage:
         """To write that study, with its tables made."""
 
     @abstractmethod
@@ -75,24 +73,17 @@ class Database(ABC):
     def snapshots(self) -> Snapshots | None:
         """What copies it now and then; None where that is somebody else's business."""
 
-    def open(
-        self,
-        name: str,
-        *,
-        wait: Callable[[float], None] = time.sleep,
-        patience: float | None = None,
-    ) -> optuna.Study:
+    def open(self, name: str, *, wait: Callable[[float], None] = time.sleep) -> optuna.Study:
         """The study, made if it is not there yet. The caller holds the lock and is its one writer.
 
         Args:
             wait: for so many seconds until a storage that fails is tried again; may raise.
-            patience: seconds, until it is lost; None for the usual.
         """
         import optuna
 
         from search.storage.writer import WriterStorage
 
-        stored = self.open_storage(name, wait=wait, patience=patience)
+        stored = self.open_storage(name, wait=wait)
         optuna.create_study(
             study_name=name, storage=stored, direction="maximize", load_if_exists=True
         )
@@ -100,20 +91,14 @@ class Database(ABC):
         return self._present(optuna.load_study(study_name=name, storage=storage))
 
     def open_storage(
-        self,
-        name: str,
-        *,
-        wait: Callable[[float], None] = time.sleep,
-        patience: float | None = None,
+        self, name: str, *, wait: Callable[[float], None] = time.sleep
     ) -> PatientStorage:
         """What `open` stores the study by; the arguments are the same."""
         import optuna
 
-        from search.storage.patience import PATIENCE
-
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # the log says what is new
         with self._version_named():
-            return self.storage(name, wait, PATIENCE if patience is None else patience)
+            return self.storage(name, wait)
 
     def read(self, name: str) -> optuna.Study | None:
         """The study, opened so that nothing can be written, or None where there is none."""
@@ -251,17 +236,6 @@ def held_by(holder: str, option: str) -> SearchError:
         f"this study is being run by {holder}; wait for it, end it, or take another {option}",
         exit_code=EXIT_USAGE,
     )
-
-
-def open_study(
-    url: str,
-    name: str,
-    *,
-    wait: Callable[[float], None] = time.sleep,
-    patience: float | None = None,
-) -> optuna.Study:
-    """As `Database.open`."""
-    return at(url).open(name, wait=wait, patience=patience)
 
 
 def read_study(url: str, name: str) -> optuna.Study | None:

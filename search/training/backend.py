@@ -60,7 +60,8 @@ def shareable(array: np.ndarray) -> np.ndarray:
 
 
 def _is_shareable(array: np.ndarray) -> bool:
-    return bool(array.flags.writeable and not array.ctypes.data % _ALIGNMENT)
+    flags = array.flags
+    return bool(flags.c_contiguous and flags.writeable and not array.ctypes.data % _ALIGNMENT)
 
 
 def as_rows(x: Rows | np.ndarray) -> Rows:

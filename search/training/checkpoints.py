@@ -10,8 +10,10 @@ Keras 3.15 keeps neither those callbacks' states nor the optimizer's, and writes
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 import time
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -23,6 +25,7 @@ import numpy as np
 
 from search import artifacts
 from search.errors import SearchError
+from search.training import features
 
 logger = logging.getLogger("search")
 
@@ -50,6 +53,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._others: Sequence[keras.callbacks.Callback] = ()
         self._is_whole = True  # whether what is kept is all that there is
+        self._described = ""
         self._cost = 0.0  # seconds, of the last write
         self._saved = time.monotonic()
         self._found = self._read()
@@ -71,6 +75,7 @@ class Checkpoints(keras.callbacks.Callback):
         if not self._is_whole:
             logger.warning("the model has optimizers of its own: once killed, it begins again")
             self._found = None
+        self._described = _described(model)
         if self._found and not self._suits(self._found):
             logger.warning("%s is of another model or other callbacks: begun again", self._path)
             self._found = None
@@ -106,9 +111,11 @@ class Checkpoints(keras.callbacks.Callback):
         if not self.model.optimizer.built:  # some make their variables once more
             self.model.optimizer.build(self.model.trainable_variables)
         shapes = [tuple(variable.shape) for variable in self._variables()]
-        return len(found["callbacks"]) == len(self._others) and shapes == [
-            array.shape for array in found["arrays"]["variables"]
-        ]
+        return (
+            found.get("model") == self._described
+            and len(found["callbacks"]) == len(self._others)
+            and shapes == [array.shape for array in found["arrays"]["variables"]]
+        )
 
     def _variables(self) -> list[Any]:
         # Not model.variables: it holds the metrics' as well, once there are some.
@@ -126,6 +133,7 @@ class Checkpoints(keras.callbacks.Callback):
             for callback in self._others
         ]
         meta = {"identity": self._identity, "reports": reports, "callbacks": states}
+        meta["model"] = self._described
         arrays = {
             f"v{index}": _readable(keras.ops.convert_to_numpy(variable))
             for index, variable in enumerate(self._variables())
@@ -151,6 +159,14 @@ class Checkpoints(keras.callbacks.Callback):
             logger.warning("%s is damaged (%s): begun again", self._path, error)
             return None
         return {**meta, "arrays": arrays}
+
+
+def _described(model: keras.Model) -> str:
+    """A hash of what is trained, without the numbers that Keras adds to names, and addresses."""
+    compiled = model.get_compile_config() or {}
+    about = [features.describe(model), compiled.get("optimizer"), compiled.get("loss")]
+    text = json.dumps(about, sort_keys=True, default=str)
+    return hashlib.sha256(re.sub(r"_\d+\b|0x[0-9a-f]+", "", text).encode()).hexdigest()
 
 
 def _has_one_optimizer(model: keras.Model) -> bool:

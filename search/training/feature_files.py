@@ -92,7 +92,8 @@ def key_of(parts: Cut, images: np.ndarray, data: str) -> str:
     about = [features.describe(parts.prefix), data, images.shape, str(images.dtype), versions]
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for weights in parts.prefix.get_weights():
-        digest.update(np.ascontiguousarray(weights).data)
+        # As bytes: of bfloat16 NumPy gives out no buffer.
+        digest.update(np.ascontiguousarray(weights).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:32]
 
 

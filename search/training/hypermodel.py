@@ -86,8 +86,7 @@ class Space:
         if not model.built:  # a Sequential without an Input, as KerasTuner's guides write it
             model.build((None, *self._dataset.input_shape))
         self._check_shapes(model)
-        metrics = (model.get_compile_config() or {}).get("metrics") or []
-        if ACCURACY not in metrics or _ends_in_a_logit(model):
+        if ACCURACY not in _own_metrics(model) or _ends_in_a_logit(model):
             _measure_accuracy(model)
         return model
 
@@ -224,7 +223,7 @@ def value_of_fit(returned: Any, reported: Sequence[float]) -> float | None:
                 "A dictionary that fit returns has the key 'val_accuracy', or one key, whose value "
                 f"is maximised. Received: {sorted(returned)}"
             )
-        return float(named)  # type: ignore[arg-type]
+        returned = max(named) if isinstance(named, list) and named else named
     if isinstance(returned, keras.callbacks.History):
         return max(returned.history.get("val_accuracy", reported), default=None)
     if returned is None:
@@ -240,12 +239,11 @@ def value_of_fit(returned: Any, reported: Sequence[float]) -> float | None:
 
 def _measure_accuracy(model: keras.Model) -> None:
     """Compile again with accuracy beside the metrics that are there."""
-    own = getattr(model._compile_metrics, "_user_metrics", None) or []
     accuracy: Any = ACCURACY
     if _ends_in_a_logit(model):  # Keras's "accuracy" would ask whether it is above 0.5
         accuracy = keras.metrics.BinaryAccuracy(ACCURACY, threshold=0.0)
     config = model._compile_config.config  # as given: get_compile_config holds copies
-    others = [metric for metric in own if metric != ACCURACY] if isinstance(own, list) else []
+    others = [metric for metric in _own_metrics(model) if metric != ACCURACY]
     given = {
         "optimizer": model.optimizer,
         "metrics": [*others, accuracy],
@@ -253,6 +251,12 @@ def _measure_accuracy(model: keras.Model) -> None:
     }
     # Not a `compile` of its own, which may take other arguments, and has had them.
     keras.Model.compile(model, **(config | given))
+
+
+def _own_metrics(model: keras.Model) -> list[Any]:
+    """Those that it was compiled with; there is one output, by whose name they may be given."""
+    given = getattr(model._compile_metrics, "_user_metrics", None)
+    return [metric for metric in keras.tree.flatten(given) if metric is not None]
 
 
 def _ends_in_a_logit(model: keras.Model) -> bool:

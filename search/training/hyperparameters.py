@@ -23,9 +23,12 @@ class TrialHyperParameters(keras_tuner.HyperParameters):
 
     def _register(self, hyperparameter: Any, overwrite: bool = False) -> Any:
         name = hyperparameter.name
-        if name not in self.values and self.is_active(hyperparameter):
+        if self.is_active(hyperparameter):
             kind, arguments = distribution(hyperparameter)
-            self.values[name] = getattr(self._trial, f"suggest_{kind}")(name, **arguments)
+            if name in self.values:  # read before, of another range perhaps
+                _check_value(hyperparameter, self.values[name])
+            else:
+                self.values[name] = getattr(self._trial, f"suggest_{kind}")(name, **arguments)
         return super()._register(hyperparameter, overwrite=False)
 
 
@@ -99,10 +102,21 @@ def distribution(hyperparameter: Any) -> tuple[str, dict[str, Any]]:
 
 
 def describe(hyperparameters: keras_tuner.HyperParameters) -> list[dict[str, Any]]:
-    """The space that a build has read: name, kind, range and conditions of each, ready for JSON."""
-    described = {}
+    """The space that a build has read: name, kind, range and conditions of each, ready for JSON.
+
+    Raises:
+        ValueError: for what Optuna can't express; it says what to write instead.
+    """
+    described: dict[tuple[str, str], dict[str, Any]] = {}
+    fixed: dict[str, Any] = {}  # of each name, what Optuna has to be the same in all of a study
     for hp in hyperparameters.space:
         kind, arguments = distribution(hp)
+        now = arguments["choices"] if kind == "categorical" else [kind, arguments["log"]]
+        if (before := fixed.setdefault(hp.name, now)) != now:
+            raise ValueError(
+                f"Optuna knows one list of choices, or one kind and scale, for a name: {hp.name!r} "
+                f"is {before} in one branch and {now} in another. Give it a name of its own in each"
+            )
         conditions = [condition.get_config() for condition in hp.conditions]
         described[hp.name, str(conditions)] = {
             "name": hp.name,

@@ -152,7 +152,8 @@ class KerasTasks(Objective):
 
         Args:
             message: as of `retrain`, without a path; images_per_report, title, data (name,
-                reference, input_shape, num_classes) and num_images in the training set.
+                reference, input_shape, num_classes), num_images in the training set, and
+                kept_epochs, after which a training had its best weights (None: there was none).
         """
         from search.codegen import script
 
@@ -160,19 +161,23 @@ class KerasTasks(Objective):
         images = Images(data["name"], tuple(data["input_shape"]), data["num_classes"])
         hp = ReplayedHyperParameters(message["params"])
         self._begin(message["seed"])
-        space = self._space(round(message["epochs"] * num_images), images)
+        epochs = self._epochs(hp, message)
+        space = self._space(round(epochs * num_images), images)
         model = self._built(space, hp)
         own_fit = trains_itself(self._study.space)
         callbacks = space.callbacks(hp)
         if not own_fit:
             hp.check_all_read()
-        epochs = message["epochs"] * message["share"]
-        plan = self._final_plan(hp, num_images, message["images_per_report"], epochs, message)
+        trained = epochs * message["share"]
+        if message["validated"]:
+            # As long as made the model that was kept: nothing watches the script's training.
+            trained = message["kept_epochs"] or trained
+        plan = self._final_plan(hp, num_images, message["images_per_report"], trained, message)
         averaging.shorten(model, plan.num_reports * plan.steps_per_report)
         callbacks = [
             callback
             for callback in callbacks
-            if message["stops"] or not isinstance(callback, keras.callbacks.EarlyStopping)
+            if not (message["validated"] and isinstance(callback, keras.callbacks.EarlyStopping))
         ]
         for callback in [] if own_fit else callbacks:  # a fit of its own counts epochs
             training.count_in_reports(callback, plan.reports_per_epoch, has_validation=False)

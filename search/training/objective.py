@@ -84,6 +84,7 @@ class Objective:
             "images_per_report": self._images_per_report,
             "images_per_epoch": len(self._data.at.train),
             "num_images": len(self._data.everywhere),
+            "num_monitored": len(self._data.at.monitor),
             "pretrained": [self._is_pretrained(point) for point in self._study.known_points],
             "own_fit": trains_itself(self._study.space),
         }

@@ -6,6 +6,7 @@ finer grain, a bad trial ends after a fraction of an epoch, and equal steps mean
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import time
@@ -207,19 +208,12 @@ class Report(keras.callbacks.Callback):
     `on_train_end` of all of them.
 
     Args:
-        trial: receives `monitor` at steps 1, 2, ... and answers `should_prune`.
+        trial: receives MONITOR at steps 1, 2, ... and answers `should_prune`.
         images: seen between two reports, for the speed.
-        must_have_it: whether a report without `monitor` is an error; else nothing is told of it.
+        must_have_it: whether a report without it is an error; else nothing is told of it.
     """
 
-    def __init__(
-        self,
-        trial: RemoteTrial | Any,
-        images: int,
-        monitor: str = MONITOR,
-        *,
-        must_have_it: bool = False,
-    ):
+    def __init__(self, trial: RemoteTrial | Any, images: int, *, must_have_it: bool = False):
         super().__init__()
         self.pruned = False
         self.diverged = ""
@@ -229,7 +223,6 @@ class Report(keras.callbacks.Callback):
         self._step = 0
         self._trial = trial
         self._images = images
-        self._monitor = monitor
         self._must_have_it = must_have_it
         # A training loop of the user's own may call on_epoch_end only.
         self._began = time.monotonic()
@@ -253,17 +246,17 @@ class Report(keras.callbacks.Callback):
             self.diverged = f"{found} at report {step}"
             self.model.stop_training = True
             return
-        if self._monitor not in figures:  # nothing to compare with other trials
+        if MONITOR not in figures:  # nothing to compare with other trials
             if self._must_have_it:
                 raise ValueError(
-                    f"The model's figures have no {self._monitor}, by which trials are compared: "
+                    f"The model's figures have no {MONITOR}, by which trials are compared: "
                     "`metrics` and `test_step` of its own must keep the metric 'accuracy'. "
                     f"Received: {sorted(figures)}"
                 )
             return
-        self.values.append(figures[self._monitor])
+        self.values.append(figures[MONITOR])
         self._trial.report(
-            figures[self._monitor],
+            figures[MONITOR],
             step,
             metrics=figures | _learning_rate(self.model),
             images_per_second=self._images / max(1e-9, tested - self._began),
@@ -362,13 +355,19 @@ def count_in_reports(
 def _once_an_epoch(schedule: Callable[..., float], reports_per_epoch: float) -> Any:
     """A schedule by epochs, from 0, that is asked where one begins."""
 
+    try:
+        inspect.signature(schedule).bind(0, 0.0)
+        takes_rate = True
+    except (TypeError, ValueError):  # it takes the epoch alone, or is written in C
+        takes_rate = False
+
     def by_report(report: int, rate: float) -> float:
         epoch = int(report / reports_per_epoch)
         if report and epoch == int((report - 1) / reports_per_epoch):
             return rate
         try:
-            return schedule(epoch, rate)
-        except TypeError:  # as Keras asks: one that takes the epoch alone
-            return schedule(epoch)
+            return schedule(epoch, rate) if takes_rate else schedule(epoch)
+        except TypeError as error:  # Keras would ask once more, without the rate
+            raise ValueError(f"LearningRateScheduler's schedule: {error}") from error
 
     return by_report

@@ -19,7 +19,6 @@ from search import results, run_record
 from search.errors import EXIT_DAMAGED, EXIT_STORAGE_LOST, SearchError
 from search.storage import storage
 from search.view import textplot
-from search.view.live import duration
 
 if TYPE_CHECKING:
     from search.catalogue import Entry
@@ -71,6 +70,8 @@ def print_leaderboard(study: optuna.Study, folder: Path, top: int) -> None:
             ),
         )
     _console.print(table)
+    if any(row.value is None and row.last_value is not None for row in rows[:top]):
+        _say("of a trial that is not complete the value is its last report's")
     states = [row.state for row in rows]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     weights = {row.weights for row in rows if row.weights}
@@ -127,9 +128,9 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
         f"{max(settings.trials, outcome.num_finished)} {what}"
     )
     if outcome.best and not outcome.metrics:
-        number, value, weights = outcome.best
-        begun_from = f", begun from {weights}" if weights else ""
-        _say(f"best: trial {number} with {results.decimal(value)}{begun_from}")
+        best = outcome.best
+        begun_from = f", begun from {best.weights}" if best.weights else ""
+        _say(f"best: trial {best.number} with {results.decimal(best.value)}{begun_from}")
     if outcome.metrics and settings.kind == "comparison":
         _print_compared(outcome.metrics)
     elif outcome.metrics:
@@ -216,12 +217,13 @@ def _print_winners(figures: dict[str, Any]) -> None:
     search = figures["search"]
     _console.print(
         f"{search['complete']} complete, {search['pruned']} pruned, {search['fail']} failed in "
-        f"{duration(search['seconds'])}; {search['saved_share']:.0%} of the epochs saved by pruning"
+        f"{results.duration(search['seconds'])}; {search['saved_share']:.0%} of the epochs saved "
+        "by pruning"
     )
     winners = figures["winners"]
     table = _table("", *(f"trial {winner['trial']}" for winner in winners))
     name = search.get("value_name", results.ACCURACY)
-    table.add_row(name, *(f"{w['validation_accuracy']:.4f}" for w in winners))
+    table.add_row(name, *(results.decimal(w["validation_accuracy"]) for w in winners))
     for name in _FIGURES:
         figures_ = (results.spread(w["test"], name, len(w["seeds"])) for w in winners)
         table.add_row(f"test {name}", *figures_)
@@ -231,14 +233,13 @@ def _print_winners(figures: dict[str, Any]) -> None:
     if any(winner["weights"] for winner in winners):
         table.add_row("begun from", *(escape(winner["weights"] or "") for winner in winners))
     _console.print(table)
+    _say(f"test accuracy: {results.of_test_images(winners[0])}")
     if ensemble := figures["ensemble"]:
         _console.print(
             f"ensemble of {ensemble['models']} models: test accuracy "
             f"{ensemble['test']['accuracy']:.4f}, loss {ensemble['test']['loss']:.4f}"
         )
-    for line in results.diverged(figures):
-        _say(line)
-    if line := results.tested_besides(figures):
+    for line in results.remarks(figures):
         _say(line)
 
 
@@ -264,12 +265,10 @@ def _print_compared(figures: dict[str, Any]) -> None:
     _console.print(table)
     if published.rows:
         _console.print(published)
-    for line in results.diverged(figures):
-        _say(line)
-    if line := results.tested_besides(figures):
+    for line in results.remarks(figures):
         _say(line)
     seconds = figures["search"]["seconds"]
-    _console.print(f"trained in {duration(seconds)}")
+    _console.print(f"trained in {results.duration(seconds)}")
 
 
 def _print_pairs(heading: str, pairs: dict[str, Any]) -> None:

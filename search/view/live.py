@@ -66,14 +66,6 @@ def frame(picture: Picture, slots: Sequence[Slot], options: ConsoleOptions) -> G
     return Group(*parts, *shown)
 
 
-def duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `1 h 05 min`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def seconds_left(picture: Picture, slots: Sequence[Slot]) -> float | None:
     """Until this part of the run is done; None where nothing can be said yet."""
     now = time.monotonic()
@@ -140,7 +132,7 @@ def _progress(picture: Picture, slots: Sequence[Slot], options: ConsoleOptions) 
         text.append(f"  {full * filled}", style="green").append(empty * (_BAR - filled), "dim")
     left = seconds_left(picture, slots)
     if left is not None and done < picture.goal:
-        text.append(f"  about {duration(left)} left")
+        text.append(f"  about {results.duration(left)} left")
     return text
 
 

@@ -12,6 +12,7 @@ between the two costs a note, which the next start adds, and never a trial.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def save_missing(study: optuna.Study) -> None:
     missing = [
         trial
         for trial in study.get_trials(deepcopy=False)
-        if trial.state.is_finished() and _version_key(trial._trial_id) not in before
+        if trial.state.is_finished() and _key(trial._trial_id, "note_ver") not in before
     ]
     for trial in missing:
         _save(study, trial._trial_id, _of_trial(study, trial, None), before)
@@ -72,7 +73,7 @@ def save_answer(study: optuna.Study, figures: Mapping[str, Any]) -> None:
     before = _attrs(study)
     winners = {winner["trial"] for winner in figures["winners"]}
     for trial in trials.values():
-        was_winner = before.get(f"{_prefix(trial._trial_id)}0", "").startswith(_WINNER)
+        was_winner = before.get(f"{_key(trial._trial_id, 'note_str')}:0", "").startswith(_WINNER)
         if was_winner and trial.number not in winners:
             _save(study, trial._trial_id, _of_trial(study, trial, None), before)
     for rank, winner in enumerate(figures["winners"], 1):
@@ -91,18 +92,10 @@ def save_plots(study: optuna.Study, plots: Mapping[str, str]) -> None:
         plots: Plotly's JSON, by a name that is valid as an HTML id.
     """
     before = _attrs(study)
-    stored: dict[str, int] = {}  # parts of each
-    for key in before:
-        if key.startswith(_PLOT):
-            name = key.removeprefix(_PLOT).rpartition(":")[0]
-            stored[name] = stored.get(name, 0) + 1
+    stored = [k.removeprefix(_PLOT).rpartition(":")[0] for k in before if k.startswith(_PLOT)]
     with storage.together(study):  # half a plot can't be drawn
         for name, content in (dict.fromkeys(stored, _NO_PLOT) | dict(plots)).items():
-            parts = [content[at : at + _MAX_LENGTH] for at in range(0, len(content), _MAX_LENGTH)]
-            parts += [""] * (stored.get(name, 0) - len(parts))
-            for number, part in enumerate(parts):
-                if before.get(f"{_PLOT}{name}:{number}") != part:
-                    _set(study, f"{_PLOT}{name}:{number}", part)
+            _save_parts(study, f"{_PLOT}{name}:", content, before)
 
 
 def _of_trial(study: optuna.Study, trial: FrozenTrial, standing: Standing | None) -> Iterator[str]:
@@ -230,7 +223,7 @@ def _answer(study: optuna.Study, figures: Mapping[str, Any]) -> Iterator[str]:
         (
             (
                 f"trial {winner['trial']}",
-                f"{winner['validation_accuracy']:.4f}",
+                results.decimal(winner["validation_accuracy"]),
                 results.spread(winner["test"], "accuracy", len(winner["seeds"])),
                 len(winner["seeds"]),
                 f"{winner['epochs']:g}",
@@ -272,8 +265,9 @@ def _code(text: str) -> str:
     return "`" + plain.replace("`", "'").replace("|", "¦") + "`"
 
 
-def _version_key(trial_id: int | None) -> str:
-    return "dashboard:note_ver" if trial_id is None else f"dashboard:{trial_id}:note_ver"
+def _key(trial_id: int | None, name: str) -> str:
+    """Of a trial's note, or of the study's for None."""
+    return f"dashboard:{name}" if trial_id is None else f"dashboard:{trial_id}:{name}"
 
 
 def _save(
@@ -284,20 +278,20 @@ def _save(
     Args:
         before: the system attributes as they are.
     """
-    body = "\n".join(lines)
-    prefix = _prefix(trial_id)
-    parts = [body[at : at + _MAX_LENGTH] for at in range(0, len(body), _MAX_LENGTH)]
-    num_before = sum(key.startswith(prefix) for key in before)
-    for index in range(max(len(parts), num_before)):
-        _set(study, f"{prefix}{index}", parts[index] if index < len(parts) else "")
+    _save_parts(study, f"{_key(trial_id, 'note_str')}:", "\n".join(lines), before)
     # Last: without a version there is no note, and half of one is never shown as the first.
-    version = _version_key(trial_id)
+    version = _key(trial_id, "note_ver")
     _set(study, version, before.get(version, 0) + 1)
 
 
-def _prefix(trial_id: int | None) -> str:
-    """Before the number of a note's part."""
-    return "dashboard:note_str:" if trial_id is None else f"dashboard:{trial_id}:note_str:"
+def _save_parts(study: optuna.Study, prefix: str, content: str, before: Mapping[str, Any]) -> None:
+    """Under numbered keys, as the dashboard reads it; parts that are left of a longer one are
+    emptied, and what is there already is not written again."""
+    stored = sum(key.startswith(prefix) for key in before)
+    for number in range(max(stored, math.ceil(len(content) / _MAX_LENGTH))):
+        part = content[number * _MAX_LENGTH : (number + 1) * _MAX_LENGTH]
+        if before.get(f"{prefix}{number}") != part:
+            _set(study, f"{prefix}{number}", part)
 
 
 def _attrs(study: optuna.Study) -> dict[str, Any]:

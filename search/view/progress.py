@@ -47,7 +47,6 @@ class View:
         self._slots: list[Slot] = []
         self._handlers: list[logging.Handler] = []
         self._drawn = 0.0  # monotonic seconds, of the last frame
-        self.saved = 0.0  # share of the training that pruning saved
 
     def __enter__(self) -> Self:
         self._before = logger.level, logger.propagate
@@ -90,11 +89,14 @@ class View:
         self._picture = Picture(
             title, goal, num_reports, best=before.best, bests=before.bests, events=before.events
         )
-        self.saved = 0.0
 
     def ends_at(self, deadline: float) -> None:
         """This part ends then, done or not; monotonic seconds."""
         self._picture.deadline = deadline
+
+    def saves(self, share: float) -> None:
+        """What pruning has saved of the training until now, 0 to 1."""
+        self._picture.saved = share
 
     def finished(
         self,
@@ -136,7 +138,6 @@ class View:
             self._live.stop()
             self.console.clear()
             self._live.start()
-        self._picture.saved = self.saved
         self._live.update(frame(self._picture, self._slots, self.console.options), refresh=True)
 
     def _handler(self) -> logging.Handler:

@@ -43,10 +43,6 @@ def open_logs(kind: str | None, folder: str | Path) -> Logs:
     below = Path(folder) / str(kind)
     if kind is None:
         return Logs(below, None)
-    if kind not in KINDS:
-        raise SearchError(
-            f"A log is one of {', '.join(KINDS)}. Received: {kind!r}", exit_code=EXIT_USAGE
-        )
     if kind == "tensorboard":
         _need_tensorboard()
     artifacts.refuse_symlink(below, inside=folder)

@@ -65,7 +65,7 @@ def _trial(jobs: list[Job], points: list[dict[str, Any]]) -> optuna.trial.Frozen
     attempts = [
         {"start": record["start"], "end": record["start"] + record["seconds"]} for record in trained
     ]
-    attrs: dict[str, Any] = {"attempts": attempts, "seeds": len(jobs)}
+    attrs: dict[str, Any] = {"attempts": attempts, "seeds": len(trained)}
     curve: dict[int, float] = {}
     if trained:
         attrs |= {name: trained[0][name] for name in ("parameters", "flops")}

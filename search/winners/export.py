@@ -209,7 +209,6 @@ def script(study: optuna.Study, trial: FrozenTrial, file: Path, options: dict[st
     settings = resolve(run["described"], str(file), options)
     job = new_job(trial, 0, settings, run["num_reports"])
     record = study.user_attrs.get(job.key, job.record)
-    validated = "validated" in record and "kept_epochs" in record
     value = "" if _value(trial) is None else f", validation accuracy {trial.value:.4f}"
     data = {name: run["dataset"][name] for name in ("name", "reference", "input_shape")}
     task = {
@@ -217,11 +216,10 @@ def script(study: optuna.Study, trial: FrozenTrial, file: Path, options: dict[st
         "title": f"Trial {trial.number} of study {study.study_name}{value}",
         "params": trial.params,
         "seed": job.seed,
-        # Of a training that was watched, as many as made the model that was kept: nothing watches
-        # the script's.
-        "epochs": record.get("kept_epochs", 0) if validated else record["epochs"],
+        "epochs": record["epochs"],
         "share": record["share"],
-        "stops": not validated,
+        "validated": record.get("validated", False),
+        "kept_epochs": record.get("kept_epochs"),
         "num_images": run["num_images"],
         "images_per_report": run["images_per_report"],
         "data": {**data, "num_classes": len(run["dataset"]["class_names"])},

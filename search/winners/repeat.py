@@ -29,6 +29,7 @@ from search.workers.slots import Event
 # Of two accuracies that are still the same: sums in another order differ in their last digits,
 # which may turn the class of an image or two.
 TOLERANCE = 1e-3
+TURNED = 2.5  # images, where there are so few that one is more than that
 
 
 class Repeated(NamedTuple):
@@ -41,6 +42,7 @@ class Repeated(NamedTuple):
     reason: str
     ended: str = ""  # as outcome, of the stored trial; empty where the search ended it otherwise
     values: tuple[float | None, float | None] = None, None  # of a complete trial
+    num_monitored: int | None = None  # images whose accuracy a report is; not of an objective
 
     @property
     def difference(self) -> float:
@@ -55,7 +57,8 @@ class Repeated(NamedTuple):
     def is_same(self) -> bool:
         ends_alike = self.outcome == self.ended or not self.ended
         same_steps = self.stored.keys() == self.now.keys()
-        return same_steps and ends_alike and self.difference <= TOLERANCE
+        tolerance = max(TOLERANCE, TURNED / self.num_monitored if self.num_monitored else 0.0)
+        return same_steps and ends_alike and self.difference <= tolerance
 
 
 def repeat(
@@ -99,9 +102,10 @@ def repeat(
     with signals.ending(pool), pool:
         pool.wait_for_description()
         pool.prepare(dataclasses.asdict(settings))
-        pool.wait_for_space()
+        num_monitored = pool.wait_for_space().get("num_monitored")
         try:
-            return _again(pool, trial, settings, view)
+            repeated = _again(pool, trial, settings, view)
+            return repeated._replace(num_monitored=num_monitored)
         finally:
             folders.remove_scratch(folder)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from search import artifacts, catalogue, folders, provenance, signals
-from search.data import datasets, verified, weights
+from search.data import verified
 from search.errors import EXIT_DAMAGED, EXIT_USAGE, SearchError
 from search.sampling import seed_for
 from search.settings import resolve
@@ -24,7 +24,6 @@ from search.winners.retrain import Job, Retraining
 from search.workers import devices
 from search.workers.local import LocalEngine
 from search.workers.pool import Pool
-from search.workers.protocol import Message
 
 logger = logging.getLogger("search")
 
@@ -120,33 +119,30 @@ def _train(
     entry: catalogue.Entry,
 ) -> dict[str, Any]:
     how = config["training"]
-    reference = options.get("dataset")
-    reference = (
-        datasets.resolve(reference, Path.cwd()) if reference else config["dataset"]["reference"]
-    )
     described = pool.wait_for_description()
+    known = {
+        "dataset": config["dataset"]["reference"],
+        "weights": (config.get("weights") or {}).get("reference"),
+        "precision": how["precision"],
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    asked = ("dataset", "weights", "precision", "max_attempts", "cache_size")
     settings = dataclasses.replace(
-        resolve(described, str(entry.file), {"weights": options.get("weights")}),
-        dataset=reference,
+        resolve(described, str(entry.file), {n: (known | given).get(n) for n in asked}),
         epochs=how["schedule_epochs"],
         images_per_report=how["images_per_report"],
         batch_size=how["batch_size"],
         average_weights=how["average_weights"],
         seed=how["study_seed"],
-        precision=options.get("precision") or how["precision"],
-        max_attempts=options.get("max_attempts") or 3,
         folder=str(folder.absolute()),
         checkpoints=str(folder.absolute() / folders.CHECKPOINTS),
-        weights=_weights(config, options, described),
     )
-    if (size := options.get("cache_size")) is not None:
-        settings = dataclasses.replace(settings, cache_size=size)
-    dataset = verified.described_data(reference)
+    dataset = verified.described_data(settings.dataset)
     if dataset["sha256"] != config["dataset"]["sha256"]:
         logger.warning(
             "%s is not the data that the config was measured on (%s): the figures are of "
             "different questions",
-            reference,
+            settings.dataset,
             config["dataset"]["name"],
         )
     settings, pretrained = verified.with_weights(settings)
@@ -233,14 +229,6 @@ def _refuse_another_config(config: dict[str, Any], folder: Path) -> None:
             f"{folder} holds the figures of another config; take --out for another folder",
             exit_code=EXIT_USAGE,
         )
-
-
-def _weights(config: dict[str, Any], options: dict[str, Any], described: Message) -> str | None:
-    """The pretrained ones: those given, else the config's, else the study's."""
-    if given := options.get("weights"):
-        return weights.resolve(given, Path.cwd())
-    stored = (config.get("weights") or {}).get("reference")
-    return stored or described["weights"]
 
 
 def _check(value: Any, rule: Any, path: Path, name: str) -> None:

@@ -200,10 +200,7 @@ class Retraining:
             if "diverged" not in job.record
             and not (
                 self._intact(job, "evaluation", "evaluation_sha256")
-                and (
-                    not self._needs_pictures(job)
-                    or self._intact(job, "pictures", "pictures_sha256")
-                )
+                and (not self._is_shown(job) or self._intact(job, "pictures", "pictures_sha256"))
             )
         ]
 
@@ -221,9 +218,10 @@ class Retraining:
         threads = max(1, devices.cores() // len(wave))
         speed = wave[0].images_per_second
         images = wave[0].record["epochs"] * wave[0].record["share"] * self._images_per_epoch
+        if images / speed <= WORTH_A_START:
+            return
         for slot in pool.slots[: len(wave)]:
-            if images / speed > WORTH_A_START:
-                pool.give_threads(slot, threads)
+            pool.give_threads(slot, threads)
 
     def _do(self, pool: Pool, jobs: list[Job], order: Any, store: Any) -> None:
         """Give each job to a worker until all have finished."""
@@ -356,13 +354,6 @@ class Retraining:
         usable = (of.index for of in self.jobs if of.trial == job.trial and "model" in of.record)
         return job.index == min(usable)
 
-    def _needs_pictures(self, job: Job) -> bool:
-        """One seed of a winner has them: the one that got them, or the next where that has diverged
-        since. A run of an earlier version has none."""
-        of_winner = [of.record for of in self.jobs if of.trial == job.trial]
-        has_diverged = any("diverged" in record for record in of_winner)
-        return "pictures" in job.record or (has_diverged and self._is_shown(job))
-
     def _measured(self, job: Job, message: Message) -> None:
         if self._has_diverged(job, message):
             job.record.pop("model")  # nobody is to take it for one of the winners
@@ -396,10 +387,9 @@ def _length(trial: FrozenTrial, settings: Settings, num_reports: int) -> dict[st
     the validation part is left to watch it."""
     if settings.kind == "comparison":
         return {"epochs": settings.epochs, "share": 1.0, "validated": True}
-    if settings.final_epochs is not None:
-        return {"epochs": settings.final_epochs, "share": 1.0}
-    if not trial.intermediate_values:  # a fit of the user's that has reported nothing
-        return {"epochs": settings.epochs, "share": 1.0}
+    # A fit of the user's may have reported nothing.
+    if settings.final_epochs is not None or not trial.intermediate_values:
+        return {"epochs": settings.final_epochs or settings.epochs, "share": 1.0}
     return {"epochs": settings.epochs, "share": results.best_step(trial) / num_reports}
 
 

@@ -17,7 +17,7 @@ from search.workers import cgroup
 from search.workers.devices import Device, share_out
 from search.workers.protocol import Channel, Message
 
-_ROOT = Path(__file__).parents[2]  # the folder that holds the package, installed or checked out
+ROOT = Path(__file__).parents[2]  # the folder that holds the package, installed or checked out
 _TAIL_BYTES = 2000
 # Workers never see the storage, nor what opens it.
 NOT_A_WORKER_S = {"PGPASSWORD", "PGPASSFILE"}
@@ -115,13 +115,7 @@ class LocalEngine:
             process = subprocess.Popen(
                 # -P: the user's folder may hold a search.py of its own.
                 [sys.executable, "-P", "-m", "search.workers.worker", str(theirs.fileno())],
-                env={
-                    **{name: os.environ[name] for name in os.environ.keys() - NOT_A_WORKER_S},
-                    **device.environment(),
-                    "PYTHONPATH": os.pathsep.join(
-                        [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-                    ),
-                },
+                env=environment(device),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -131,3 +125,12 @@ class LocalEngine:
                 umask=folders.PRIVATE,
             )
             return LocalWorker(Channel(ours), process, path, log.tell(), self._oom_kills)
+
+
+def environment(device: Device) -> dict[str, str]:
+    """Of a worker on this device."""
+    return {
+        **{name: os.environ[name] for name in os.environ.keys() - NOT_A_WORKER_S},
+        **device.environment(),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }

@@ -1,18 +1,21 @@
 """What coordinator and worker say to each other: JSON lines over a socket pair.
 
     coordinator                                   worker
-    open     study, options                  ->
-                                             <-   described  study's settings
+    open     file (the study's)              ->
+                                             <-   described  the study's settings
     prepare  settings, search                ->
-                                             <-   ready      space, known points, devices
+                                             <-   ready      space, known points, memory, ...
     start    trial, attempt, task, ...       ->
                                              <-   suggest    trial, attempt, kind, name, ...
                                              <-   take       trial, attempt, draft
+                                             <-   attribute  trial, attempt, key, value
     answer   trial, attempt, value | error   ->
                                              <-   report     trial, attempt, value, step, metrics
     answer   trial, attempt, value (prune?)  ->
+                                             <-   resumed    trial, attempt, step (no answer)
                                              <-   progress   trial, attempt, ... (no answer)
                                              <-   finished   trial, attempt, outcome, ...
+                                             <-   failed     why it can't begin
 
 Every message about a task carries trial and attempt, so that what an old attempt says can be
 dropped. No pickle: a worker can make the coordinator do nothing but these. A closed socket is a

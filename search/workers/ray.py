@@ -20,12 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from search import artifacts
+from search import artifacts, catalogue
 from search.data import datasets, fetching, image_folder
 from search.errors import EXIT_USAGE, SearchError
 from search.workers import devices, relay
 from search.workers.cgroup import OomKills
 from search.workers.devices import Device
+from search.workers.local import ROOT
 from search.workers.protocol import Message
 from search.workers.ray_worker import RayWorker, one_line
 
@@ -168,7 +169,7 @@ class RayEngine:
 
     def start(self, device: Device, slot: int) -> RayWorker:
         options = self._relay.options(**self._share, **self._elsewhere())
-        actor = options.remote(self._run, self._folder, str(relay.ROOT))
+        actor = options.remote(self._run, self._folder, str(ROOT))
         backend = os.environ.get("KERAS_BACKEND", "tensorflow")
         begun = actor.begin.remote(
             slot, device, self._home, backend, self._study_files, self._versions
@@ -338,7 +339,7 @@ def _cores_each(nodes: list[int], count: int) -> float:
 
 def _beside(study: Path) -> list[Path]:
     """A study's file and the Python files that it may import from its folder."""
-    if study.is_relative_to(relay.ROOT / "studies"):
+    if catalogue.is_installed(study):
         return []
     files = [study, *(file for file in sorted(study.parent.glob("*.py")) if file != study)]
     return files if sum(file.stat().st_size for file in files) < _MAX_STUDY else [study]

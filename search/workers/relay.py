@@ -26,9 +26,8 @@ from typing import Any
 from search import folders, provenance
 from search.workers import cgroup
 from search.workers.devices import Device
-from search.workers.local import LocalEngine, LocalWorker
+from search.workers.local import ROOT, LocalEngine, LocalWorker
 
-ROOT = Path(__file__).parents[2]  # the folder that holds the package
 CHUNK = 4 << 20  # bytes of a file in one message
 _PACKAGES = ("search", "spaces", "studies")  # installed on each node
 _PATIENCE = 20.0  # seconds until a worker that is silent is asked for again
@@ -277,7 +276,7 @@ def _sha256(path: Path) -> str:
 def _code() -> str:
     """A hash of this project's own code: an older checkout has the same version."""
     digest = hashlib.sha256()
-    for folder in ("search", "spaces", "studies"):
+    for folder in _PACKAGES:
         for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

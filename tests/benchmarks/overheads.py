@@ -156,7 +156,7 @@ def fill(folder: Path, counts: Sequence[int]) -> dict[int, Path]:
 
     folder.mkdir(exist_ok=True)
     database = folder / "filled.db"
-    made = storage.open_study(storage.url_in(folder, f"sqlite:///{database}"), study.name)
+    made = storage.at(storage.url_in(folder, f"sqlite:///{database}")).open(study.name)
     made.set_user_attr("run", {"num_reports": NUM_REPORTS, "fixed": {"kind": "objective"}})
     sampler = optuna.samplers.RandomSampler(seed=0)
     one = optuna.distributions
@@ -295,7 +295,7 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
         while len(pool.idle()) < num_workers:
             list(pool.poll(1.0))
         began, cpu = time.perf_counter(), time.process_time()
-        opened = storage.open_study(url, study.name)
+        opened = storage.at(url).open(study.name)
         before = len(opened.get_trials(deepcopy=False))
         open_seconds, open_cpu = time.perf_counter() - began, time.process_time() - cpu
         coordinator = Timed(

@@ -28,7 +28,7 @@ def measure(num_trials: int) -> tuple[float, float, float]:
         made = made_up_run.study_of(num_trials)
         made_up_run.write_metrics(made, folder, top=2)
         url = storage.url_in(folder, None)
-        stored = storage.open_study(url, made.study_name)
+        stored = storage.at(url).open(made.study_name)
         stored.add_trials(made.trials)
         stored.set_user_attr("run", made.user_attrs["run"])
         began, began_cpu = time.perf_counter(), time.process_time()

@@ -67,7 +67,7 @@ def search(url, tmp_path, monkeypatch):
         device=ONE_CORE,
         **changed,
     ):
-        study = storage.open_study(url, name)
+        study = storage.at(url).open(name)
         study.set_user_attr("run", {"num_reports": 5, "fixed": {"kind": "objective"}})
         if prepare:
             prepare(study)
@@ -804,7 +804,7 @@ def test_running_trials_are_adopted_before_new_ones_are_asked(search, trials):
 
 
 def test_a_trial_that_was_asked_and_never_started_is_adopted(url, search, trials):
-    study = storage.open_study(url, "mine")
+    study = storage.at(url).open("mine")
     study.sampler = optuna.samplers.RandomSampler(seed=0)
     study.ask()
     given = search(good, trials=1).given

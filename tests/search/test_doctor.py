@@ -150,7 +150,7 @@ def test_runs_of_other_versions_and_damaged_ones(tmp_path):
         ("earlier", {"fixed": {}}),
         ("other", {}),
     ):
-        study = storage.open_study(f"sqlite:///{tmp_path / name}/study.db", name)
+        study = storage.at(f"sqlite:///{tmp_path / name}/study.db").open(name)
         study.set_user_attr("run", attr)
         study._storage._backend.engine.dispose()
     with sqlite3.connect(tmp_path / "other" / "study.db") as connection:

@@ -31,7 +31,7 @@ QUESTIONS = (
 def filled(tmp_path_factory):
     """A file with the finished trials that TPE needs before it models anything, and some more."""
     path = tmp_path_factory.mktemp("filled") / "study.db"
-    study = storage.open_study(f"sqlite:///{path}", "mine")
+    study = storage.at(f"sqlite:///{path}").open("mine")
     fill(study, STARTUP_TRIALS + 8)
     study._storage.remove_session()
     study._storage._backend.engine.dispose()
@@ -51,7 +51,7 @@ def opened(tmp_path, filled):
         path = tmp_path / f"{name}.db"
         if is_filled and not path.exists():
             shutil.copy(filled, path)
-        study = storage.open_study(f"sqlite:///{path}", "mine")
+        study = storage.at(f"sqlite:///{path}").open("mine")
         study.get_trials(deepcopy=False)  # which of them are to be adopted
         return study
 

@@ -185,7 +185,7 @@ def test_best_so_far_is_in_the_order_of_ends_and_skips_pauses():
     assert [(r.number, r.hours, r.value, r.best) for r in reached] == [
         (0, 1.0, 0.5, 0.5), (2, 2.0, 0.7, 0.7), (1, 3.0, 0.9, 0.9)
     ]  # fmt: skip
-    assert course.hours_searched(trials) == 4.0
+    assert course.Clock(trials).hours(200_000) == 4.0
     dots, line = course.hours_figure(reached, 4.0, "value").data
     assert list(line.x) == [1.0, 2.0, 3.0, 4.0]  # to the end, though the last trial was pruned
     assert list(line.y) == [0.5, 0.7, 0.9, 0.9]
@@ -493,6 +493,8 @@ def test_the_answer_says_what_it_cost(run):
     accuracy = run.winners[0]["test"]["mean"]["accuracy"]
     assert f"{100 * accuracy:.2f}<small> %" in shown
     assert "standard deviation over 2 seeds" in shown
+    num_images = np.sum(run.winners[0]["seeds"][0]["test"]["confusion_matrix"])
+    assert f"the choice of the {num_images:,} test images makes ± " in shown
     assert f"{run.saved_share:.0%}" in shown
     assert "41 min" in shown  # two winners, two seeds of 612 s
 

@@ -269,9 +269,9 @@ def test_tables_of_a_newer_version_are_one_line(request, tmp_path, make):
         with sqlite3.connect(tmp_path / "study.db") as connection:
             connection.execute("UPDATE alembic_version SET version_num = 'v99.0.0'")
         connection.close()
-    for use in (storage.open_study, storage.read_study):
+    for use in (storage.at(url).open, storage.at(url).read):
         with pytest.raises(SearchError, match="is not of this Optuna"):
-            use(url, "mine")
+            use("mine")
 
 
 def test_without_psycopg_it_says_what_to_install(tmp_path):
@@ -313,7 +313,7 @@ def test_a_study_goes_to_postgresql_and_back_with_everything(url, file):
     with pytest.raises(SearchError, match=r"was moved from .*study\.db to postgresql://"):
         storage.read_study(file, "mine")
     with pytest.raises(SearchError, match="was moved"):
-        storage.open_study(file, "mine")
+        storage.at(file).open("mine")
     assert moving.move("mine", storage.at(url), storage.at(file)) == 6
     assert content(file) == before
     database = storage.at(file)
@@ -327,7 +327,7 @@ def test_a_note_goes_with_its_trial_whatever_its_key_is_there(url, file):
     add_trials(url, name="another")  # so that keys differ
     add_trials(file)
     with storage.at(file).lock("mine"):
-        notes.save_missing(storage.open_study(file, "mine"))
+        notes.save_missing(storage.at(file).open("mine"))
     bodies = [note_of(file, number) for number in range(3)]
     moving.move("mine", storage.at(file), storage.at(url))
     assert [note_of(url, number) for number in range(3)] == bodies
@@ -412,6 +412,7 @@ def test_a_run_goes_on_where_its_study_was_moved(tmp_path, url):
     )  # fmt: skip
     assert moved.returncode == 0, moved.stderr
     assert "dummy: 3 trials moved from" in moved.stdout
+    assert f"--out {command.folder} --storage {url} --seed 0" in moved.stdout
     code, output = command.run("--trials", "4", "--workers", "1")
     assert code == EXIT_USAGE
     assert f"--storage {url}" in output

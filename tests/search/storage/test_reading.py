@@ -101,7 +101,7 @@ def test_the_collector_runs_again_after_reading(url):
 @pytest.mark.parametrize("number", range(1, 7))  # the tables' SELECTs
 @pytest.mark.parametrize("states", [None, (TrialState.RUNNING,)])
 def test_a_trial_that_ends_before_a_select_is_running_or_complete(tmp_path, number, states):
-    study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
+    study = storage.at(f"sqlite:///{tmp_path}/study.db").open("mine")
     trial = study.ask()
     trial.suggest_float("rate", 0.0, 1.0)
     engine = storage.at(f"sqlite:///{tmp_path}/study.db").reader().engine

@@ -17,7 +17,7 @@ from tests.command import ROOT
 
 
 def add_trials(url, number):
-    study = storage.open_study(url, "mine")
+    study = storage.at(url).open("mine")
     for _ in range(number):
         trial = study.ask()
         study.tell(trial, trial.suggest_float("x", 0, 1))
@@ -88,9 +88,9 @@ def test_s5_where_a_snapshot_has_no_room_the_damaged_study_stays(database, monke
 def test_s5_a_missing_study_is_not_begun_anew_beside_its_snapshots(database):
     Snapshots(database).take()
     database.unlink()
-    for use in (storage.open_study, storage.read_study):
+    for use in (storage.Database.open, storage.Database.read):
         with pytest.raises(SearchError, match=r"is missing, though.*repair.*anew") as caught:
-            use(f"sqlite:///{database}", "mine")
+            use(storage.at(f"sqlite:///{database}"), "mine")
         assert caught.value.exit_code == EXIT_DAMAGED
     assert not database.exists()
 
@@ -100,7 +100,7 @@ def test_a_study_is_not_begun_beside_what_a_lost_one_had_still_to_write(database
     database.unlink()
     wal.write_bytes(b"frames")
     with pytest.raises(SearchError, match=r"missing, though its study.db-wal is there") as caught:
-        storage.open_study(f"sqlite:///{database}", "mine")
+        storage.at(f"sqlite:///{database}").open("mine")
     assert caught.value.exit_code == EXIT_DAMAGED
     assert not database.exists()
 
@@ -233,6 +233,8 @@ def test_the_command_says_what_it_has_done(database):
     assert done.returncode == 0, done.stderr
     assert "with 4 finished trials" in done.stdout
     assert "the damaged file lies in" in done.stdout
+    out = f"--out {database.parent}"
+    assert f"go on with: fmnist-search --study {database.parent}/mine.py {out}" in done.stdout
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 2
     assert "nothing to repair" in again.stderr

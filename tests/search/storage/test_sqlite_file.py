@@ -42,7 +42,7 @@ def nobody():
 
 def add_trial(folder):
     """Of a study that stays open: its -wal and -shm stay, too."""
-    study = storage.open_study(f"sqlite:///{folder}/study.db", "mine")
+    study = storage.at(f"sqlite:///{folder}/study.db").open("mine")
     study.tell(study.ask(), 0.5)
     return study
 

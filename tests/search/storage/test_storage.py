@@ -57,7 +57,7 @@ def hold():
 
 
 def with_trials(url, num_trials, name="mine"):
-    study = storage.open_study(url, name)
+    study = storage.at(url).open(name)
     for number in range(num_trials):
         trial = study.ask()
         trial.report(0.25, 1)
@@ -71,7 +71,7 @@ def with_trials(url, num_trials, name="mine"):
     ("pragma", "value"), [("journal_mode", "wal"), ("synchronous", 1), ("busy_timeout", 1_000)]
 )
 def test_settings_reach_every_connection(url, pragma, value):
-    engine = storage.open_study(url, "mine")._storage._backend.engine
+    engine = storage.at(url).open("mine")._storage._backend.engine
     # The first is the pool's own, the second can only be a new one.
     with engine.connect() as first, engine.connect() as second:
         for connection in (first, second):
@@ -80,14 +80,14 @@ def test_settings_reach_every_connection(url, pragma, value):
 
 def test_a_study_is_made_once_and_then_found(url):
     with_trials(url, 2)
-    study = storage.open_study(url, "mine")
+    study = storage.at(url).open("mine")
     assert [trial.number for trial in study.trials] == [0, 1]
     assert study.direction == optuna.study.StudyDirection.MAXIMIZE
-    assert storage.open_study(url, "other").trials == []
+    assert storage.at(url).open("other").trials == []
 
 
 def test_folders_are_made_for_a_new_study(tmp_path):
-    storage.open_study(f"sqlite:///{tmp_path}/a/b/study.db", "mine")
+    storage.at(f"sqlite:///{tmp_path}/a/b/study.db").open("mine")
     assert (tmp_path / "a" / "b" / "study.db").is_file()
 
 
@@ -227,23 +227,23 @@ def damaged(kind, whole):
 
 @pytest.mark.fault("S5")
 @pytest.mark.parametrize("kind", ["empty", "garbage", "short", "zeros", "head", "page"])
-@pytest.mark.parametrize("open_", [storage.open_study, storage.read_study])
+@pytest.mark.parametrize("open_", [storage.Database.open, storage.Database.read])
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path, whole, kind, open_):
     path = tmp_path / "study.db"
     content = damaged(kind, whole)
     path.write_bytes(content)
     rule = f"the study file {path} is damaged .*puts the newest snapshot back"
     with pytest.raises(SearchError, match=rule) as caught:
-        open_(f"sqlite:///{path}", "mine")
+        open_(storage.at(f"sqlite:///{path}"), "mine")
     assert caught.value.exit_code == EXIT_DAMAGED
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("open_", [storage.open_study, storage.read_study])
+@pytest.mark.parametrize("open_", [storage.Database.open, storage.Database.read])
 def test_a_folder_in_the_place_of_the_file_is_refused(tmp_path, open_):
     (tmp_path / "study.db").mkdir()
     with pytest.raises(SearchError, match=r"study\.db is damaged") as caught:
-        open_(f"sqlite:///{tmp_path}/study.db", "mine")
+        open_(storage.at(f"sqlite:///{tmp_path}/study.db"), "mine")
     assert caught.value.exit_code == EXIT_DAMAGED
 
 
@@ -277,7 +277,7 @@ def test_a_study_that_is_read_cannot_be_written(tmp_path, url):
 
 
 def test_a_study_is_read_while_it_is_written(url):
-    study = storage.open_study(url, "mine")
+    study = storage.at(url).open("mine")
     trial = study.ask()
     reader = storage.read_study(url, "mine")
     assert len(reader.trials) == 1
@@ -324,9 +324,9 @@ def test_a_new_study_appears_whole(tmp_path, url, monkeypatch):
     with monkeypatch.context() as at_the_link:
         at_the_link.setattr(os, "link", die)
         with pytest.raises(KeyboardInterrupt):
-            storage.open_study(url, "mine")
+            storage.at(url).open("mine")
     assert storage.read_study(url, "mine") is None
-    assert storage.open_study(url, "mine").trials == []
+    assert storage.at(url).open("mine").trials == []
     names = {path.name for path in tmp_path.iterdir()}
     assert names <= {"study.db", "study.db-wal", "study.db-shm"}
 
@@ -343,7 +343,7 @@ def test_what_the_database_raises_becomes_one_line(tmp_path, url):
 
 
 def test_reports_after_a_step_are_dropped_from_that_trial_alone(url):
-    study = storage.open_study(url, "mine")
+    study = storage.at(url).open("mine")
     trials = [study.ask(), study.ask()]
     for trial in trials:
         for step in range(1, 6):

@@ -48,7 +48,7 @@ def fail(monkeypatch):
 
 def trials_of(url, number=5):
     """What a coordinator does to its storage, trial by trial."""
-    study = storage.open_study(url, "mine")
+    study = storage.at(url).open("mine")
     study.sampler = optuna.samplers.RandomSampler(seed=1)
     for _ in range(number):
         if len(study.get_trials(deepcopy=False)) == 2:
@@ -106,8 +106,8 @@ def test_s1_each_transaction_that_fails_is_made_once(tmp_path, fail, when):
 @pytest.mark.fault("S1")
 def test_s1_a_trial_whose_answer_is_lost_is_made_once(url, fail):
     fail("after", only=-1)  # its connections are the failing ones from the start
-    study = storage.open_study(url, "mine")
-    storage.open_study(url, "another").ask()
+    study = storage.at(url).open("mine")
+    storage.at(url).open("another").ask()
     for number in range(4):
         fail("after", only=number + 1)
         study.enqueue_trial({"x": 0.5})
@@ -192,9 +192,10 @@ def test_s3_a_locked_file_is_not_a_damaged_one(tmp_path, url):
     holder.communicate()
 
 
-def test_a_storage_that_stays_silent_is_lost(tmp_path, url):
+def test_a_storage_that_stays_silent_is_lost(tmp_path, url, monkeypatch):
     trials_of(url, 1)
-    study = storage.open_study(url, "mine", patience=1.5)
+    monkeypatch.setattr(patience, "PATIENCE", 1.5)
+    study = storage.at(url).open("mine")
     with closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         with pytest.raises(SearchError, match=r"has not answered .*is locked") as lost:
@@ -209,7 +210,7 @@ def test_a_signal_ends_the_waiting(tmp_path, url):
         raise Interrupted(2)
 
     trials_of(url, 1)
-    study = storage.open_study(url, "mine", wait=wait)
+    study = storage.at(url).open("mine", wait=wait)
     with closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         with pytest.raises(Interrupted):

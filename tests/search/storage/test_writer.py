@@ -16,7 +16,7 @@ def url(tmp_path):
 
 @pytest.fixture
 def study(url):
-    opened = storage.open_study(url, "mine")
+    opened = storage.at(url).open("mine")
     opened.sampler = optuna.samplers.RandomSampler(seed=1)
     return opened
 
@@ -37,7 +37,7 @@ def known(study):
 def check_stored(study, url):
     """Another process reads what this one has in memory."""
     assert known(storage.read_study(url, "mine")) == known(study)
-    assert known(storage.open_study(url, "mine")) == known(study)
+    assert known(storage.at(url).open("mine")) == known(study)
 
 
 def ask(study):
@@ -118,7 +118,7 @@ ACTS = (complete, pruned, failed, infinite, running, shortened, enqueued, asked_
 @pytest.mark.parametrize("is_together", [False, True])
 def test_what_is_written_is_what_optuna_reads(study, url, act, is_together):
     complete(study)
-    storage.open_study(url, "another").ask()  # its trials are others of the same table
+    storage.at(url).open("another").ask()  # its trials are others of the same table
     for _ in range(2):
         if is_together:
             with storage.together(study):

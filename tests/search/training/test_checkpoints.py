@@ -206,6 +206,33 @@ def test_a_checkpoint_of_another_training_is_not_taken(tmp_path):
     assert Checkpoints(tmp_path / "other.npz", {"training": "a"}).reports == 0
 
 
+def other_activation():
+    """Of the same shapes, as code is that was changed between a kill and the next call."""
+    model = network()
+    model.layers[3].activation = keras.activations.relu
+    return model
+
+
+def other_loss():
+    model = network()
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(), metrics=["accuracy"])
+    return model
+
+
+def other_rate():
+    model = network()
+    model.compile(keras.optimizers.Adam(0.01), model.loss, metrics=["accuracy"])
+    return model
+
+
+@pytest.mark.parametrize("make", [other_activation, other_loss, other_rate])
+def test_changed_code_does_not_go_on_with_what_the_old_has_trained(tmp_path, caplog, make):
+    with pytest.raises(Killed):
+        train(network, tmp_path / "c.npz", KillAfter(3))
+    assert train(make, tmp_path / "c.npz", KillAfter(99))[2] == 0
+    assert "is of another model or other callbacks: begun again" in caplog.text
+
+
 @pytest.mark.parametrize("make", [network, pytest.param(decayed, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_another_model_is_begun_again(tmp_path, caplog, make):
     """Another layer, or other callbacks, than when it was killed."""
@@ -368,7 +395,7 @@ def test_winners_that_are_retrained_leave_a_running_trial_its_checkpoint(tmp_pat
     process = search(tmp_path, "--epochs", "1")
     _, output = process.communicate(timeout=200)
     assert process.returncode == 0, output
-    study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "quickstart")
+    study = storage.at(f"sqlite:///{tmp_path}/study.db").open("quickstart")
     study.ask()  # as a search has that was interrupted, or whose time was spent
     study._storage.remove_session()
     path = tmp_path / "checkpoints" / "trial-1.npz"

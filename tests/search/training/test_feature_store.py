@@ -263,6 +263,15 @@ def test_float32_where_a_number_is_too_large(tmp_path, where):
     assert entries(tmp_path) == ["float32"]
 
 
+def test_bfloat16_weights_have_a_key():
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        keys = {feature_files.key_of(built(seed), images(), "d") for seed in (0, 0, 1)}
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert len(keys) == 2
+
+
 def test_bfloat16_activations(tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
     parts = built()

@@ -532,8 +532,10 @@ def test_an_array_is_copied_once_where_tensorflow_cannot_read_its_memory(tmp_pat
     shared = backend.shareable(askew.reshape(array.shape))
     locked = shared.view()
     locked.flags.writeable = False
-    for copy in (shared, backend.shareable(locked)):
+    columns = backend.shareable(np.ascontiguousarray(array.T)).T  # as a file may hold them
+    for copy in (shared, backend.shareable(locked), backend.shareable(columns)):
         assert copy.flags.writeable
+        assert copy.flags.c_contiguous
         assert copy.ctypes.data % backend._ALIGNMENT == 0
         assert not np.shares_memory(copy, askew)
         np.testing.assert_array_equal(copy, array)

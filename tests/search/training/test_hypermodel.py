@@ -55,6 +55,21 @@ def test_accuracy_is_measured_beside_the_model_s_own_metrics(metrics):
     assert len(figures) == 2 + len(metrics)
 
 
+@pytest.mark.parametrize("wrap", [tuple, lambda metrics: {"classes": metrics}])
+def test_metrics_may_be_given_in_any_form_that_keras_takes(wrap):
+    def make():
+        inputs = keras.Input((8, 8, 1))
+        last = keras.layers.Dense(3, "softmax", name="classes")
+        model = keras.Model(inputs, last(keras.layers.Flatten()(inputs)))
+        mine = keras.metrics.SparseTopKCategoricalAccuracy(2, name="mine")
+        model.compile("sgd", "sparse_categorical_crossentropy", metrics=wrap([mine]))
+        return model
+
+    x, y = np.zeros((4, 8, 8, 1), np.uint8), np.arange(4) % 3
+    figures = built(make).evaluate(x, y, verbose=0, return_dict=True)
+    assert set(figures) == {"loss", "accuracy", "mine"}
+
+
 def one_logit(wrap=lambda loss: loss, **options):
     """For two classes: the second where it is above 0."""
     inputs = keras.Input((8, 8, 1))
@@ -266,6 +281,7 @@ def history(**curves):
         (np.float32(0.5), [], 0.5),
         ({"val_accuracy": 0.7, "val_loss": 2.0}, [], 0.7),
         ({"score": 0.6}, [0.9], 0.6),
+        ({"val_accuracy": [0.2, 0.8, 0.4], "loss": [1.0]}, [], 0.8),  # a History's own
         (history(val_accuracy=[0.2, 0.8, 0.4]), [], 0.8),
         (history(loss=[1.0]), [0.3, 0.1], 0.3),
         (history(loss=[1.0]), [], None),  # to be measured
@@ -285,6 +301,7 @@ def test_the_value_of_a_fit(returned, reported, value):
         ({}, "key 'val_accuracy', or one key"),
         ("good", "returns a number to maximise.*Received: 'good'"),
         ([1.0, 2.0], "returns a number to maximise"),
+        ({"val_accuracy": "good"}, "returns a number to maximise.*Received: 'good'"),
     ],
 )
 def test_a_fit_that_returns_something_else_is_refused(returned, rule):

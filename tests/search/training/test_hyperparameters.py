@@ -199,6 +199,43 @@ def test_a_name_in_two_branches_has_each_branch_s_range(drawn):
         assert trial.distributions["units"].low == low
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda hp, kind: hp.Choice("size", [1, 3] if kind == "a" else [5, 7]),
+        lambda hp, kind: hp.Int("size", 1, 9) if kind == "a" else hp.Float("size", 1.0, 9.0),
+        lambda hp, kind: hp.Int("size", 1, 9, sampling="log" if kind == "a" else "linear"),
+        lambda hp, kind: hp.Int("size", 1, 9) if kind == "a" else hp.Boolean("size"),
+    ],
+)
+def test_a_name_that_optuna_would_refuse_in_another_branch_is_refused_at_once(drawn, ask):
+    def build(hp):
+        hp.Choice("kind", ["a", "b"])
+        for kind in ("a", "b"):
+            with hp.conditional_scope("kind", [kind]):
+                ask(hp, kind)
+
+    hp = keras_tuner.HyperParameters()
+    build(hp)
+    with pytest.raises(ValueError, match=r"'size' is .* in one branch and .* name of its own"):
+        describe(hp)
+    drawn(build, kind="a")
+    with pytest.raises(ValueError, match=r"dynamic|different|does not match"):
+        drawn(build, kind="b")
+
+
+def test_a_value_is_in_each_range_that_it_is_read_with(drawn):
+    def build(hp):
+        hp.Choice("kind", ["a", "b"])
+        with hp.conditional_scope("kind", ["a", "b"]):
+            hp.Int("units", 16, 64)
+        with hp.conditional_scope("kind", ["b"]):
+            hp.Int("units", 64, 256)
+
+    with pytest.raises(ValueError, match=r"'units' lies between 64 and 256. Received: 32"):
+        drawn(build, kind="b", units=32)
+
+
 def test_a_repeated_name_is_suggested_once(drawn):
     values, _, trial = drawn(lambda hp: [hp.Int("units", 1, 1000) for _ in range(3)])
     assert values == [trial.params["units"]] * 3

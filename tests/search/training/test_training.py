@@ -210,12 +210,6 @@ def test_reports_are_numbered_from_one():
     assert (report.pruned, report.diverged, report.model.stop_training) == (False, "", False)
 
 
-def test_another_monitor_is_reported():
-    trial = Trial()
-    fed(trial, {"val_accuracy": 0.5, "val_loss": 2.0}, monitor="val_loss")
-    assert trial.reports == {1: 2.0}
-
-
 def test_a_report_without_its_monitor_is_an_error_where_it_must_have_it():
     trial = Trial()
     assert fed(trial, {"loss": 2.0}).values == []
@@ -385,6 +379,12 @@ def test_a_schedule_is_asked_once_an_epoch(takes_rate, num_images, begins):
     assert asked == list(range(len(begins)))
     epochs = [sum(begin <= report for begin in begins) - 1 for report in range(9)]
     assert diary.rates == [0.5**epoch for epoch in epochs]
+
+
+def test_an_error_in_a_schedule_is_its_own():
+    callbacks = [keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * None)]
+    with pytest.raises(ValueError, match=r"LearningRateScheduler's schedule: .*NoneType"):
+        train(network(), callbacks)
 
 
 def test_a_plateau_and_its_cooldown_are_counted_in_epochs():

@@ -55,7 +55,7 @@ def end(process: subprocess.Popen[str]) -> str:
 def folder(tmp_path_factory):
     """A run's folder with a study of six trials."""
     folder = tmp_path_factory.mktemp("run")
-    study = storage.open_study(f"sqlite:///{folder}/study.db", "quickstart")
+    study = storage.at(f"sqlite:///{folder}/study.db").open("quickstart")
     study.set_user_attr(
         "run", {"format": run_record.FORMAT, "num_reports": 3, "fixed": {"kind": "search"}}
     )
@@ -197,7 +197,7 @@ def test_many_pages_at_once(served):
 
 
 def test_a_trial_that_ends_meanwhile_is_shown(served, folder):
-    study = storage.open_study(f"sqlite:///{folder}/study.db", "quickstart")
+    study = storage.at(f"sqlite:///{folder}/study.db").open("quickstart")
     trial = study.ask()
     trial.suggest_int("filters", 8, 64)
     study.tell(trial, 0.9)

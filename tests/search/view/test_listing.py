@@ -37,7 +37,7 @@ ATTEMPTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    study = storage.open_study(f"sqlite:///{folder}/study.db", "quickstart")
+    study = storage.at(f"sqlite:///{folder}/study.db").open("quickstart")
     study.set_user_attr("run", {"format": run_record.FORMAT, "num_reports": 3})
     history = {"1": {"accuracy": 0.25, "loss": float("inf")}, "2": {"accuracy": 0.5, "loss": 1.0}}
     for value in (0.75, None):
@@ -76,6 +76,8 @@ def test_the_leaderboard(folder):
     shown = show(folder)
     assert shown.splitlines()[1].split()[:3] == ["0", "complete", "0.7500"]
     assert "2 trials" in shown
+    assert "of a trial that is not complete the value is its last report's" in shown
+    assert "not complete" not in show(folder, "--top", "1")
 
 
 def test_rows_for_programs(folder):
@@ -192,7 +194,7 @@ def test_a_tiny_value_is_read_everywhere(capsys):
     study.add_trial(optuna.trial.create_trial(value=3e-06, intermediate_values={1: 2e-06}))
     listing.print_leaderboard(study, Path("runs/tiny"), 20)
     listing.print_trial(study, results.detail(study, 0))
-    listing.print_outcome(outcome(best=(0, 3e-06, "")), "--study tiny")
+    listing.print_outcome(outcome(best=row(0, 3e-06)), "--study tiny")
     shown = capsys.readouterr().out
     assert shown.count("3e-06") == 3
     assert "0.0000" not in shown
@@ -200,6 +202,10 @@ def test_a_tiny_value_is_read_everywhere(capsys):
 
 # What a user may call things, and what an error may say.
 ODD = ["a [bold] b", "[/bold]", "[red]x[/red]", r"\[x]", "[1, 2]", ":x: :key:"]
+
+
+def row(number, value, weights=""):
+    return results.Row(number, "complete", value, value, 1, 1.0, 1, "", {}, weights)
 
 
 def outcome(folder=Path("runs/mine"), kind="space", best=None, metrics=None):
@@ -354,7 +360,7 @@ def exported(format_, kind="space", **params):
 
 def test_a_run_in_a_folder_of_another_name_is_listed(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    study = storage.open_study("sqlite:///runs/flowers/study.db", "cnn")
+    study = storage.at("sqlite:///runs/flowers/study.db").open("cnn")
     study.set_user_attr("run", {"format": run_record.FORMAT, "num_reports": 0})
     study.add_trial(optuna.trial.create_trial(value=0.25))
     Path("runs/broken").mkdir()
@@ -411,7 +417,7 @@ def test_random_weights_are_said_wherever_a_figure_of_theirs_stands(tmp_path, ca
     assert "begun from random weights" in capsys.readouterr().out
     listing.print_trial(study, results.detail(study, 0))
     assert "from random weights" in capsys.readouterr().out.splitlines()[0]
-    listing.print_outcome(outcome(best=(3, 0.5, "random weights")), "--study mine")
+    listing.print_outcome(outcome(best=row(3, 0.5, "random weights")), "--study mine")
     assert "best: trial 3 with 0.5000, begun from random weights" in capsys.readouterr().out
     assert {row.weights for row in results.rows(study)} == {"random weights"}
     (best,) = results.winners(study, 1)

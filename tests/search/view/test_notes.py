@@ -42,7 +42,7 @@ FIGURES = {
 
 @pytest.fixture
 def study(tmp_path):
-    study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
+    study = storage.at(f"sqlite:///{tmp_path}/study.db").open("mine")
     study.set_user_attr("run", {"num_reports": 9, "fixed": {"kind": "search"}})
     return study
 

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from search.view.live import Picture, duration, frame, seconds_left
+from search import results
+from search.view.live import Picture, frame, seconds_left
 from search.view.progress import View
 from search.view.time_left import Finished
 from search.workers.devices import Device
@@ -164,7 +165,7 @@ def test_nothing_is_said_of_the_time_before_anything_is_known():
     [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3900, "65 min"), (7500, "2 h 05 min")],
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert results.duration(seconds) == text
 
 
 @pytest.mark.parametrize(

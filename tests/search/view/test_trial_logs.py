@@ -331,12 +331,6 @@ def test_without_a_kind_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_kind_is_refused(tmp_path):
-    with pytest.raises(SearchError, match=r"one of tensorboard, csv\. Received: 'wandb'") as caught:
-        open_logs("wandb", tmp_path)
-    assert caught.value.exit_code == EXIT_USAGE
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, kind):
     (tmp_path / kind).write_text("in the way")

@@ -225,4 +225,5 @@ def test_points_are_told_in_order_once_all_their_seeds_are_trained():
     assert [(t.state.name, t.value) for t in study.trials] == [
         ("COMPLETE", 0.5), ("COMPLETE", 0.5), ("FAIL", None)
     ]  # fmt: skip
+    assert [trial.user_attrs["seeds"] for trial in study.trials] == [1, 2, 0]  # that are in it
     assert comparison.tell(study, jobs) == []

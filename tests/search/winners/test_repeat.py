@@ -37,6 +37,12 @@ def test_what_the_same_curve_is(now, is_same, difference):
     assert repeated.difference == pytest.approx(difference)
 
 
+@pytest.mark.parametrize(("num_monitored", "is_same"), [(240, True), (2_500, False), (None, False)])
+def test_two_images_of_few_are_no_other_curve(num_monitored, is_same):
+    repeated = Repeated(3, {1: 0.5}, {1: 0.5 + 2 / 240}, "complete", "")
+    assert repeated._replace(num_monitored=num_monitored).is_same is is_same
+
+
 @pytest.mark.parametrize(
     ("outcome", "ended", "values", "is_same"),
     [

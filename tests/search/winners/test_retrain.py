@@ -41,7 +41,7 @@ def settings(**changed):
 @pytest.fixture
 def study(tmp_path):
     """Three complete trials of 8 reports; trial 1 is the best, at its sixth report."""
-    study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
+    study = storage.at(f"sqlite:///{tmp_path}/study.db").open("mine")
     study.set_user_attr("run", {"num_reports": 8, "precision": "float32"})
     for value in (0.7, 0.9, 0.8):
         trial = study.ask()
@@ -319,16 +319,6 @@ def test_the_reports_before_a_training_that_goes_on_are_none_of_this_attempt_s(s
     assert [(status["step"], status["before"]) for status in seen] == [(10, 9), (11, 9)]
 
 
-def test_a_run_of_an_earlier_version_is_not_measured_again_for_pictures(study, tmp_path):
-    for job in retrain(study, tmp_path, pool_of(tmp_path), seeds=1).jobs:
-        for name in ("pictures", "pictures_sha256"):
-            del job.record[name]
-        study.set_user_attr(job.key, job.record)
-    pool = pool_of(tmp_path)
-    retrain(study, tmp_path, pool, seeds=1)
-    assert pool.given == []
-
-
 def test_a_lost_worker_s_job_runs_again_until_max_attempts(study, tmp_path):
     pool = pool_of(tmp_path, num_slots=1)
     work = pool._script
@@ -450,7 +440,7 @@ def test_a_job_that_fails_ends_the_run_with_the_reason(study, tmp_path, end, why
 
 
 def test_nothing_complete_is_nothing_usable(tmp_path):
-    study = storage.open_study(f"sqlite:///{tmp_path}/study.db", "mine")
+    study = storage.at(f"sqlite:///{tmp_path}/study.db").open("mine")
     study.set_user_attr("run", {"num_reports": 8, "precision": "float32"})
     with pytest.raises(SearchError, match="no trial of 'mine' is complete") as caught:
         jobs_of(study, settings())
