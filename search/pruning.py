@@ -109,7 +109,7 @@ class _Seen:
             if other.number == trial.number or reached is None:
                 continue
             is_better = reached > value
-            of += is_better or _has_come_to(other, rung)
+            of += is_better or has_come_to(other, rung)
             ahead += is_better
         return of - _counts(trial), ahead  # once it has ended it is among them itself
 
@@ -126,7 +126,7 @@ class _Seen:
 
     def _keep(self, trial: FrozenTrial, rung: int) -> None:
         if (value := _best_until(trial, rung)) is not None:
-            bisect.insort(self._kept[rung][not _has_come_to(trial, rung)], value)
+            bisect.insort(self._kept[rung][not has_come_to(trial, rung)], value)
 
 
 def is_beaten(study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -135,7 +135,7 @@ def is_beaten(study: optuna.Study, trial: FrozenTrial) -> bool:
     assert step is not None
     value = max(trial.intermediate_values.values())
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    found = (_best_until(other, step) for other in complete if _has_come_to(other, step))
+    found = (_best_until(other, step) for other in complete if has_come_to(other, step))
     return any(other is not None and other > value for other in found)
 
 
@@ -154,7 +154,8 @@ def _counts(trial: FrozenTrial) -> bool:
     return is_sound and trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def _has_come_to(trial: FrozenTrial, step: int) -> bool:
+def has_come_to(trial: FrozenTrial, step: int) -> bool:
+    """Whether it has reported there, or later."""
     return trial.last_step is not None and trial.last_step >= step
 
 

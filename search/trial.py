@@ -18,7 +18,7 @@ from search import pruning, results, sampling
 from search.storage import storage
 from search.workers.engine import Worker
 from search.workers.protocol import SUGGESTIONS, Message
-from search.workers.slots import OUT_OF_MEMORY
+from search.workers.slots import OUT_OF_MEMORY, PAUSED
 
 # How often a running trial's last sign of life is stored, in seconds: what a lost coordinator left
 # is said to have ended then.
@@ -80,6 +80,10 @@ class UnfinishedTrial:
         return len(self._attempts)
 
     @property
+    def is_known_point(self) -> bool:
+        return self._is_known_point
+
+    @property
     def is_alone(self) -> bool:
         """Whether no other trial may run beside it: it has run out of memory before."""
         return any(attempt.get("reason") == OUT_OF_MEMORY for attempt in self._attempts)
@@ -88,6 +92,11 @@ class UnfinishedTrial:
     def params(self) -> dict[str, Any]:
         """Those suggested so far."""
         return self._storage.get_trial(self._id).params
+
+    @property
+    def best(self) -> float:
+        """Its best report."""
+        return max(self._storage.get_trial(self._id).intermediate_values.values())
 
     @property
     def num_reports(self) -> int:
@@ -106,8 +115,9 @@ class UnfinishedTrial:
 
     @property
     def num_counted(self) -> int:
-        """Attempts that the coordinator's own death did not end."""
-        return sum(attempt.get("reason") != COORDINATOR_ENDED for attempt in self._attempts)
+        """Attempts that neither a pause nor the coordinator's own death has ended."""
+        not_its_doing = (COORDINATOR_ENDED, PAUSED)
+        return sum(attempt.get("reason") not in not_its_doing for attempt in self._attempts)
 
     def begin(
         self, worker: Worker, device: str, sampler: str, seed: int, startup_trials: int
@@ -207,6 +217,21 @@ class UnfinishedTrial:
         self._history[-1][str(step)] = figures
         self._set(results.history_key(len(self._history) - 1), self._history[-1])
 
+    def pause(self) -> None:
+        """Its worker has left it where it is."""
+        self._attempts[-1] |= {"end": self._now(), "reason": PAUSED}
+        self._passed = max(self._passed, self.last_step)
+        self._set("attempts", self._attempts)
+
+    def end_if_behind(self, pruner: optuna.pruners.BasePruner) -> dict[str, Any] | None:
+        """How it ends if it is behind now, after a pause, else None."""
+        stored = self._storage.get_trial(self._id)
+        self.last_step = self._passed
+        if not self._is_behind(stored, pruner):
+            return None
+        reason = f"behind at report {self.last_step}"
+        return self.end(TrialState.PRUNED, kind="pruned", reason=reason)
+
     def lose(self, how: str, max_attempts: int, kind: str = "killed") -> dict[str, Any] | None:
         """Its worker has died (kind timeout: it was too late; out_of_memory: it was killed for it,
         or said so); how the trial ends if that was its last attempt, else None."""
@@ -294,12 +319,21 @@ class UnfinishedTrial:
 
     def _seconds(self) -> float:
         """In which it ran: its reports, too, are those of all attempts."""
-        earlier = sum(attempt["end"] - attempt["start"] for attempt in self._attempts[:-1])
-        return earlier + time.monotonic() - self._began
+        ended = (a["end"] - a["start"] for a in self._attempts if "end" in a)
+        return sum(ended) + (0.0 if self._is_between else time.monotonic() - self._began)
 
     def _now(self) -> float:
-        """The clock as it was when the attempt began, and the time since: it may have been set."""
-        return self._attempts[-1]["start"] + time.monotonic() - self._began
+        """The clock as it was when the attempt began, and the time since: it may have been set.
+        Between two attempts, when the first of them ended."""
+        last = self._attempts[-1]
+        return float(
+            last["end"] if self._is_between else last["start"] + time.monotonic() - self._began
+        )
+
+    @property
+    def _is_between(self) -> bool:
+        """Whether no attempt runs."""
+        return "end" in self._attempts[-1]
 
     def _is_behind(self, trial: FrozenTrial, pruner: optuna.pruners.BasePruner) -> bool:
         # A known point ends early only where the search has something better already.

@@ -23,6 +23,7 @@ _ENDS = {
     "failed": ("diverged or failed", theme.AMBER),
     "died": ("died", theme.RED),
     "interrupted": ("the search ended", theme.VIOLET),
+    "paused": ("paused", theme.GREY),
     "running": ("running", theme.TEAL),
 }
 
@@ -99,7 +100,7 @@ def timeline_figure(made: Sequence[Attempt]) -> go.Figure:
 
 def _kind(reason: str, has_ended_it: bool) -> str:
     """How an attempt ended; one after which the trial ran again, for whatever reason, has died."""
-    if reason in ("complete", "pruned"):
+    if reason in ("complete", "pruned", "paused"):
         return reason
     if reason == _SEARCH_ENDED:
         return "interrupted"

@@ -264,8 +264,9 @@ class Report(keras.callbacks.Callback):
             validation_seconds=self.validation_seconds,
         )
         self._began = time.monotonic()
-        if self._trial.should_prune():
-            self.pruned = True
+        # Of one that goes on after a pause, a checkpoint said that it was to end.
+        self.pruned = self._trial.should_prune()
+        if self.pruned:
             self.model.stop_training = True
 
 

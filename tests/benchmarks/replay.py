@@ -162,6 +162,8 @@ class Policy:
         resumes: (first rung, reduction factor) of promotions instead of a pruner: a trial pauses at
             each rung unless it is among the best there, and a free worker first goes on with the
             best paused trial that has meanwhile come to be among them.
+        waits: before so many trials have come to their first report, drawn ones pause there; then
+            those that the pruner does not stop go on where they were.
         every: reports of the table for one report of the search.
         known: try the known points first, as the product does.
         drafts: points drawn for each trial before TPE begins, the cheapest of which is tried.
@@ -171,6 +173,7 @@ class Policy:
     pruner: Callable[[int], optuna.pruners.BasePruner] | None = None
     resumes: tuple[int, int] | None = None
     startup_trials: int = sampling.STARTUP_TRIALS
+    waits: int = 0
     every: int = 1
     known: bool = False
     drafts: int = 1
@@ -194,6 +197,7 @@ class _Run:
     step: int = 0  # of the search's reports
     seconds: float = 0.0  # of training and measuring, as it was recorded
     is_known: bool = False
+    waits: bool = False  # for the others of the start
 
 
 class Replay:
@@ -222,6 +226,8 @@ class Replay:
         self._untried = table.drawn
         self._known = list(np.flatnonzero(table.known)) if policy.known else []
         self._rungs = _Rungs(*policy.resumes) if policy.resumes else None
+        self._at_start: list[tuple[float, _Run]] = []  # that wait at their first report
+        self._num_come = 0  # trials, to their first report
         self._targets = set(table.drawn if reach else table.targets())
         self._events: list[tuple[float, int, _Run]] = []
         self._order = itertools.count()
@@ -248,7 +254,7 @@ class Replay:
             elif self._goes_on(run):
                 self._next(now, run)
             else:
-                if not self._rungs:  # else it may yet be promoted
+                if not (self._rungs or run.waits):  # else it may yet be promoted
                     self._targets.discard(run.point)
                 if not self._targets and not self._policy.known:
                     break
@@ -257,7 +263,7 @@ class Replay:
 
     def _begin(self, now: float) -> bool:
         """Give a free worker something to do, if there is anything."""
-        if self._rungs and (paused := self._rungs.promoted()):
+        if paused := self._rungs.promoted() if self._rungs else self._after_the_start():
             # Optuna takes no trial up again that has ended; its storage in memory lets us.
             self._storage._get_trial(paused.trial_id).state = TrialState.RUNNING
             self._next(now + self._table.start[paused.point], paused)
@@ -275,6 +281,19 @@ class Replay:
         self._num_trials += 1
         self._next(now + self._table.start[run.point], run)
         return True
+
+    def _after_the_start(self) -> _Run | None:
+        """The best of those that wait and go on, once as many have come as were waited for."""
+        if not self._at_start or self._num_come < self._policy.waits:
+            return None
+        waiting, self._at_start = sorted(self._at_start, key=lambda pair: -pair[0]), []
+        for pair in waiting:
+            trial = self._storage.get_trial(pair[1].trial_id)
+            if self._study.pruner.prune(self._study, trial):
+                self._targets.discard(pair[1].point)
+            else:
+                self._at_start.append(pair)
+        return self._at_start.pop(0)[1] if self._at_start else None
 
     def _drawn(self, trial: FrozenTrial) -> int:
         """A point not tried yet, drawn as the product draws it for a trial of that number."""
@@ -359,6 +378,12 @@ class Replay:
         self._storage.set_trial_user_attr(run.trial_id, _CLOCK, [*clock, run.seconds])
         if run.step == self._num_reports:  # as in the product, trained whole is complete
             return True
+        self._num_come += run.step == 1
+        run.waits = run.step == 1 and self._num_come < self._policy.waits and not run.is_known
+        if run.waits:
+            self._at_start.append((value, run))
+            self._study.tell(run.number, state=TrialState.PRUNED)
+            return False
         trial = self._storage.get_trial(run.trial_id)
         may_end = not run.is_known or is_beaten(self._study, trial)
         stops = may_end and self._study.pruner.prune(self._study, trial)
@@ -571,7 +596,8 @@ def policies(table: Table) -> dict[str, Policy]:
         return Policy(pruner=made, **rest)
 
     pruned = functools.partial(_own, own["pruner"], first, factor)
-    default = Policy(own["sampler"], pruned, drafts=sampling.STARTUP_DRAFTS)
+    waits = min(sampling.STARTUP_TRIALS, own["trials"] // 4)  # search/coordinator.py
+    default = Policy(own["sampler"], pruned, drafts=sampling.STARTUP_DRAFTS, waits=waits)
     second = float(np.median(np.nansum((table.report + table.measure)[:, :1], 1)))
     return {
         "random": Policy("random"),
@@ -605,6 +631,8 @@ def policies(table: Table) -> dict[str, Policy]:
             f"default, start-up {count}": replace(default, startup_trials=count)
             for count in (6, 24)
         },
+        "default, none waits": replace(default, waits=0),
+        **{f"default, {count} wait": replace(default, waits=count) for count in (8, 16)},
         **{
             f"tpe + promotions {first}/{factor}": Policy(resumes=(first, factor))
             for first in (1, 2)

@@ -134,6 +134,7 @@ def halving(factor):
         Policy(pruner=replay._hyperband),
         Policy(pruner=replay._median),
         Policy(resumes=(1, 2)),
+        Policy(pruner=halving(2), waits=6),
         Policy(pruner=functools.partial(replay._of_seconds, 5.0, 3)),
         Policy(pruner=functools.partial(replay._extrapolated, "power")),
         Policy(pruner=functools.partial(replay._extrapolated, "gains", first=1)),
@@ -178,6 +179,16 @@ def test_a_known_point_is_no_target():
     made = replay.Replay(table, Policy(known=True), 0, 1)
     assert made.run().trials > 1
     assert len(made._study.trials) > 2
+
+
+def test_the_first_wait_until_all_are_there_and_the_best_of_them_go_on():
+    table = replay.Table(stored(drawn(30)))
+    made = replay.Replay(table, Policy("random", halving(2), waits=6), 0, 1)
+    made.run()
+    first = made._study.trials[:6]
+    went_on = {trial.number for trial in first if trial.last_step > 1}
+    ranked = sorted(first, key=lambda trial: -trial.intermediate_values[1])
+    assert went_on == {trial.number for trial in ranked[:3]}  # half of them
 
 
 def test_a_promotion_goes_on_where_its_trial_paused():

@@ -14,6 +14,7 @@ from search.storage import storage
 from search.view.progress import View
 from search.view.trial_logs import open_logs
 from search.workers.devices import Device
+from search.workers.protocol import PAUSE
 from tests.scripted import CRASH, LOST, ONE_CORE, ScriptedPool
 
 UNIT = {"low": 0.0, "high": 1.0, "step": None, "log": False}
@@ -107,6 +108,135 @@ def trials(url):
 
 def states(found):
     return [trial.state.name for trial in found]
+
+
+# The first trials, decided on together
+
+VALUES = (0.1, 0.4, 0.3, 0.2, 0.35, 0.05, 0.45, 0.15)
+TOGETHER = {"kind": "space", "pruner": "asha", "trials": 16, "num_slots": 1}
+
+
+def worth(number, attempt):
+    """Reports its value, 0.01 better at each step; ends where it is told to, for good or not."""
+    yield suggest("x")
+    value, begin = VALUES[number % len(VALUES)], 1
+    if attempt > 1:
+        begin = 2
+        yield {"type": "resumed", "step": 1}
+    for step in range(begin, 6):
+        answer = (yield report(value + step / 100, step))["value"]
+        if answer:
+            yield finished("paused" if answer == PAUSE else "pruned")
+    yield finished(value=value)
+
+
+def test_the_first_wait_for_one_another_and_the_best_of_them_go_on(search, trials):
+    pool = search(worth, **TOGETHER)
+    begun = [(number, attempt) for number, attempt, _ in pool.given]
+    # The fourth comes last: of four the best two go on, the better one first.
+    assert begun[:7] == [(0, 1), (1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (4, 1)]
+    assert [attempt for _, attempt in begun[6:]] == [1] * (16 - 4)
+    found = trials()
+    assert states(found[:4]) == ["PRUNED", "COMPLETE", "PRUNED", "PRUNED"]
+    assert [trial.last_step for trial in found[:4]] == [1, 5, 2, 1]
+    for number in (0, 3):
+        assert found[number].user_attrs["reason"] == "pruned: behind at report 1"
+        assert [a["reason"] for a in found[number].user_attrs["attempts"]] == ["pruned"]
+    assert [a["reason"] for a in found[1].user_attrs["attempts"]] == ["paused", "complete"]
+    assert all(trial.state.is_finished() for trial in found)
+
+
+@pytest.mark.parametrize(
+    ("changed", "waiting"),
+    [
+        ({}, True),
+        ({"trials": 7}, False),  # a quarter of them is one
+        ({"pruner": "median"}, False),
+        ({"pruner": "none"}, False),
+        ({"kind": "objective"}, False),
+    ],
+)
+def test_who_waits(search, changed, waiting):
+    pool = search(worth, **(TOGETHER | changed))
+    assert (max(attempt for _, attempt, _ in pool.given) > 1) is waiting
+
+
+def test_a_fit_of_its_own_does_not_wait(search):
+    def own_fit(study):
+        study.set_user_attr("run", {**study.user_attrs["run"], "own_fit": True})
+
+    assert {attempt for _, attempt, _ in search(worth, prepare=own_fit, **TOGETHER).given} == {1}
+
+
+def test_known_points_go_on_and_count_among_the_first(search):
+    points = [{"x": value} for value in (0.1, 0.2, 0.3)]
+    pool = search(worth, known_points=points, **TOGETHER)
+    assert {attempt for _, attempt, _ in pool.given} == {1}
+
+
+@pytest.mark.fault("C1")
+def test_those_that_wait_wait_on_under_the_next_coordinator(search, trials):
+    def crashes(number, attempt):
+        if (number, attempt) == (2, 1):
+            yield CRASH
+        yield from worth(number, attempt)
+
+    with pytest.raises(Interrupted):
+        search(crashes, **TOGETHER)
+    assert [trial.last_step for trial in trials()] == [1, 1, None]
+    again = [(number, attempt) for number, attempt, _ in search(crashes, **TOGETHER).given]
+    assert again[:4] == [(2, 2), (3, 1), (1, 2), (4, 1)]
+    found = trials()
+    assert len(found) == 16
+    assert all(trial.state.is_finished() for trial in found)
+    assert found[0].user_attrs["reason"] == "pruned: behind at report 1"
+    assert found[0].intermediate_values == {1: pytest.approx(0.11)}
+
+
+def test_one_that_is_lost_before_it_waits_runs_again(search, trials):
+    def dies(number, attempt):
+        if (number, attempt) == (0, 1):
+            yield suggest("x")
+            yield report(0.9, 1)
+            yield LOST
+        elif number == 0:
+            yield suggest("x")
+            for step in range(1, 6):
+                if (answer := (yield report(0.9, step))["value"]) == PAUSE and attempt == 2:
+                    yield finished("paused")
+                assert answer is False
+            yield finished(value=0.9)
+        else:
+            yield from worth(number, attempt)
+
+    pool = search(dies, **TOGETHER)
+    assert [attempt for number, attempt, _ in pool.given if number == 0] == [1, 2, 3]
+    assert trials()[0].value == 0.9
+    reasons = [attempt["reason"] for attempt in trials()[0].user_attrs["attempts"]]
+    assert reasons == ["killed", "paused", "complete"]
+
+
+def test_pauses_cost_no_attempt_and_no_seconds(search, trials, monkeypatch):
+    pool = search(worth, max_attempts=1, **TOGETHER)
+    assert states(trials()[:3]) == ["PRUNED", "COMPLETE", "PRUNED"]
+    assert pool.given[4][:2] == (1, 2)
+    for trial in trials()[:4]:
+        ran = sum(one["end"] - one["start"] for one in trial.user_attrs["attempts"])
+        assert trial.user_attrs["seconds"] == pytest.approx(ran, abs=2e-3)
+
+
+def test_a_spent_time_budget_leaves_those_that_wait_to_the_next_call(search, trials):
+    begun = iter([False] * 8)
+
+    def until(number, attempt):
+        if next(begun, True):
+            yield CRASH
+        yield from worth(number, attempt)
+
+    with pytest.raises(Interrupted):
+        search(until, **(TOGETHER | {"trials": 64}))
+    assert search(good, **(TOGETHER | {"trials": 3})).given  # fewer than wait: they are decided on
+    assert sum(trial.state.is_finished() for trial in trials()) >= 3
 
 
 # How many

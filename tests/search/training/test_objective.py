@@ -50,6 +50,7 @@ class Trial:
     """Answers with the first choice and the middle of a range, and keeps what it is told."""
 
     number, attempt = 0, 1
+    pauses = False
 
     def __init__(self, prune_at=None, offers=(), **answers):
         self._offers = offers  # answers of each draft
@@ -698,6 +699,17 @@ def test_a_point_that_keras_cannot_build_is_invalid():
     assert outcome["outcome"] == "invalid"
     assert outcome["reason"].startswith("it can't be built: ")
     assert tasks(Shrinking).trial(Trial(), MESSAGE)["outcome"] == "complete"
+
+
+def test_a_trial_that_pauses_goes_on_as_if_it_had_not(tmp_path):
+    message = MESSAGE | {"checkpoint": str(tmp_path / "trial-0.npz")}
+    alone, paused, resumed = Trial(), Trial(prune_at=2), Trial()
+    paused.pauses = True
+    expected = tasks(epochs=3).trial(alone, MESSAGE)
+    assert tasks(epochs=3).trial(paused, message) == {"outcome": "paused"}
+    assert tasks(epochs=3).trial(resumed, message) == expected
+    assert resumed.resumed == max(paused.reports) == 2
+    assert paused.reports | resumed.reports == pytest.approx(alone.reports)
 
 
 def test_a_killed_trial_goes_on_after_its_last_report(tmp_path, monkeypatch):
