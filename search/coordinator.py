@@ -88,7 +88,8 @@ class Coordinator:
         self._num_finished = sum(trial.state.is_finished() for trial in trials)
         # Reasons of failures, as long as nothing else has happened; else None.
         self._failures: list[str] | None
-        self._failures = None if any(trial.state in usable for trial in trials) else []
+        has_worked = any(trial.state in usable or results.is_paused(trial) for trial in trials)
+        self._failures = None if has_worked else []
         self._all_known_tried = False
         self._has_warned = False  # of trials that are trained on images
         self._running: dict[int, UnfinishedTrial] = {}  # by slot
@@ -149,8 +150,11 @@ class Coordinator:
                     self._paused.append(trial)
                 else:
                     waiting.append(trial)
-        if waiting:
-            logger.info("continuing trials %s", ", ".join(str(trial.number) for trial in waiting))
+        for what, trials in (("continuing", waiting), ("still waiting:", self._paused)):
+            if trials:
+                numbers = ", ".join(str(trial.number) for trial in trials)
+                logger.info("%s trials %s", what, numbers)
+        self._view.waits(len(self._paused))
         return waiting
 
     def _next(self) -> UnfinishedTrial | None:
@@ -276,11 +280,12 @@ class Coordinator:
 
         The first of few would go on for want of others, and train for long before it is known that
         it is none of the best; a good one would end, since one was better by chance. In replays of
-        recorded curves (README, "When to stop a trial") a good model came in 0.8 of the time.
+        recorded curves (README, "When to stop a trial") a good model came sooner.
         """
         run = self._study.user_attrs.get("run", {})
-        may_pause = self._settings.kind == "space" and not run.get("own_fit")
-        if self._settings.pruner != "asha" or not may_pause:
+        # Without a checkpoint the best of them would begin again.
+        may_pause = self._settings.kind == "space" and self._settings.checkpoints
+        if self._settings.pruner != "asha" or not may_pause or run.get("own_fit"):
             return 0
         return min(sampling.STARTUP_TRIALS, self._settings.trials // 4)
 
@@ -302,13 +307,16 @@ class Coordinator:
         return self._num_first > 0
 
     def _pauses(self, trial: UnfinishedTrial, step: int) -> bool:
-        """Whether it waits for the other first ones after this report."""
-        is_there = step >= self._settings.first_rung and not trial.is_known_point
-        return is_there and self._is_start(trial.number)
+        """Whether it waits for the other first ones after this report. Not behind the first
+        decision, whenever it was let go on, and not at its end."""
+        is_there = step == self._settings.first_rung and step != self._num_reports
+        return is_there and not trial.is_known_point and self._is_start(trial.number)
 
     def _pause(self, trial: UnfinishedTrial) -> None:
         trial.pause()
         self._paused.append(trial)
+        self._view.waits(len(self._paused))
+        self._failures = None  # it has worked
         logger.info(
             "trial %d waits after report %d for the other first ones", trial.number, trial.last_step
         )
@@ -316,6 +324,7 @@ class Coordinator:
     def _end_pauses(self) -> None:
         """Those that are behind end; the others go on, the best first, as soon as there is room."""
         paused, self._paused = self._paused, []
+        self._view.waits(0)
         going_on = []
         for trial in paused:
             if ending := trial.end_if_behind(self._pruner):
@@ -337,7 +346,7 @@ class Coordinator:
         }
         # A trial that is trained whole has nothing left to save, and a value to count.
         may_prune = message["step"] != self._num_reports
-        pauses = may_prune and self._pauses(trial, message["step"])
+        pauses = self._pauses(trial, message["step"])
         ending = trial.report(message, self._pruner if may_prune and not pauses else None)
         if self._logs.is_on:
             figures = message["step"], message["value"], message["metrics"]

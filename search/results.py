@@ -10,6 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
+from search.workers.slots import PAUSED
 
 ACCURACY = "validation accuracy"
 # Parts of the data as published figures name them -> as winners do.
@@ -21,7 +22,7 @@ class Row(NamedTuple):
     """One trial."""
 
     number: int
-    state: str  # complete, pruned, fail, running, waiting
+    state: str  # complete, pruned, fail, running, paused, waiting
     value: float | None  # validation accuracy, fraction; of complete trials only
     last_value: float | None  # of the last report
     reports: int
@@ -173,6 +174,13 @@ def best(study: optuna.Study) -> Row | None:
     return first if first and first.state == "complete" else None
 
 
+def is_paused(trial: FrozenTrial) -> bool:
+    """Whether it waits for others (search/coordinator.py): nobody trains it now."""
+    attempts = attempts_of(trial)
+    is_between = bool(attempts) and attempts[-1].get("reason") == PAUSED
+    return is_between and trial.state == TrialState.RUNNING
+
+
 def attempts_of(trial: FrozenTrial) -> list[dict[str, Any]]:
     """A trial's attempts, as the coordinator stores them."""
     return list(trial.user_attrs.get("attempts", []))
@@ -284,7 +292,7 @@ def _row(trial: FrozenTrial, run: Mapping[str, Any]) -> Row:
     last = trial.last_step
     return Row(
         number=trial.number,
-        state=trial.state.name.lower(),
+        state="paused" if is_paused(trial) else trial.state.name.lower(),
         value=trial.value if trial.state == TrialState.COMPLETE else None,
         last_value=None if last is None else trial.intermediate_values[last],
         reports=len(trial.intermediate_values),

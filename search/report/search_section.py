@@ -74,7 +74,7 @@ def _course(run: Run) -> list[Html]:
             _plotted(
                 "Best so far, by time",
                 lambda: course.hours_figure(timed, run.seconds / 3600, run.value_name),
-                "The same against the time in which trials ran; pauses are cut out.",
+                "The same against the time in which trials ran.",
                 height=300,
             )
         )
@@ -97,7 +97,8 @@ def _course(run: Run) -> list[Html]:
                 "What the workers did",
                 lambda: timeline.timeline_figure(attempts),
                 f"{len(attempts):,} attempts, at most {lanes} at a time; {died} died with their "
-                f"worker, {cut} were cut off as the search itself ended. Its pauses are cut out.",
+                f"worker, {cut} were cut off as the search itself ended. Times without "
+                "any are left out.",
                 height=140 + 34 * lanes,
             )
         )

@@ -23,7 +23,7 @@ _ENDS = {
     "failed": ("diverged or failed", theme.AMBER),
     "died": ("died", theme.RED),
     "interrupted": ("the search ended", theme.VIOLET),
-    "paused": ("paused", theme.GREY),
+    "paused": ("waited for others", theme.GREY),
     "running": ("running", theme.TEAL),
 }
 

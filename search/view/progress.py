@@ -94,6 +94,10 @@ class View:
         """This part ends then, done or not; monotonic seconds."""
         self._picture.deadline = deadline
 
+    def waits(self, number: int) -> None:
+        """So many trials have begun and wait for others."""
+        self._picture.num_paused = number
+
     def saves(self, share: float) -> None:
         """What pruning has saved of the training until now, 0 to 1."""
         self._picture.saved = share

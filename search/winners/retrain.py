@@ -80,7 +80,8 @@ def jobs_of(study: optuna.Study, settings: Settings) -> list[Job]:
     if not winners:
         raise SearchError(
             f"no trial of {settings.name!r} is complete: nothing can be retrained. "
-            "`fmnist-search show` says why; more --trials or another space may help",
+            "`fmnist-search show` says why; a longer --time-budget, more --trials or another space "
+            "may help",
             exit_code=EXIT_NOTHING_USABLE,
         )
     if len(winners) < settings.top:

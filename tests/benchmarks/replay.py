@@ -290,6 +290,7 @@ class Replay:
         for pair in waiting:
             trial = self._storage.get_trial(pair[1].trial_id)
             if self._study.pruner.prune(self._study, trial):
+                self._study.tell(pair[1].number, state=TrialState.PRUNED)
                 self._targets.discard(pair[1].point)
             else:
                 self._at_start.append(pair)
@@ -369,6 +370,7 @@ class Replay:
     def _goes_on(self, run: _Run) -> bool:
         """Store its report and decide; what ends is told to the study."""
         value = self._value(run)
+        self._num_come += run.step == 1
         if not math.isfinite(value):
             optuna.trial.Trial(self._study, run.trial_id).set_constraint("diverged", 1.0)
             self._study.tell(run.number, state=TrialState.PRUNED)
@@ -378,11 +380,9 @@ class Replay:
         self._storage.set_trial_user_attr(run.trial_id, _CLOCK, [*clock, run.seconds])
         if run.step == self._num_reports:  # as in the product, trained whole is complete
             return True
-        self._num_come += run.step == 1
         run.waits = run.step == 1 and self._num_come < self._policy.waits and not run.is_known
         if run.waits:
             self._at_start.append((value, run))
-            self._study.tell(run.number, state=TrialState.PRUNED)
             return False
         trial = self._storage.get_trial(run.trial_id)
         may_end = not run.is_known or is_beaten(self._study, trial)

@@ -113,7 +113,10 @@ def states(found):
 # The first trials, decided on together
 
 VALUES = (0.1, 0.4, 0.3, 0.2, 0.35, 0.05, 0.45, 0.15)
-TOGETHER = {"kind": "space", "pruner": "asha", "trials": 16, "num_slots": 1}
+TOGETHER = {
+    **{"kind": "space", "pruner": "asha", "trials": 16, "num_slots": 1},
+    "checkpoints": "nowhere",
+}
 
 
 def worth(number, attempt):
@@ -154,6 +157,8 @@ def test_the_first_wait_for_one_another_and_the_best_of_them_go_on(search, trial
         ({"pruner": "median"}, False),
         ({"pruner": "none"}, False),
         ({"kind": "objective"}, False),
+        ({"checkpoints": ""}, False),  # nothing to go on from
+        ({"first_rung": 5}, False),  # they are at their end
     ],
 )
 def test_who_waits(search, changed, waiting):
@@ -174,7 +179,7 @@ def test_known_points_go_on_and_count_among_the_first(search):
     assert {attempt for _, attempt, _ in pool.given} == {1}
 
 
-@pytest.mark.fault("C1")
+@pytest.mark.fault("K3")
 def test_those_that_wait_wait_on_under_the_next_coordinator(search, trials):
     def crashes(number, attempt):
         if (number, attempt) == (2, 1):
@@ -225,18 +230,47 @@ def test_pauses_cost_no_attempt_and_no_seconds(search, trials, monkeypatch):
         assert trial.user_attrs["seconds"] == pytest.approx(ran, abs=2e-3)
 
 
-def test_a_spent_time_budget_leaves_those_that_wait_to_the_next_call(search, trials):
-    begun = iter([False] * 8)
+def test_trials_that_wait_have_worked_though_others_fail(search, trials):
+    def fails(number, attempt):
+        if number in (1, 2, 4):
+            yield suggest("x")
+            yield finished("error", reason=f"ValueError: {number}", traceback="")
+        yield from worth(number, attempt)
 
-    def until(number, attempt):
-        if next(begun, True):
+    search(fails, **(TOGETHER | {"trials": 32}))
+    assert states(trials()).count("FAIL") == 3
+    assert len(trials()) == 32
+
+
+def test_what_went_on_once_does_not_wait_again(search, trials):
+    """A larger number of trials makes more of them the first ones."""
+
+    def crashes(number, attempt):
+        if (number, attempt) == (1, 2):
+            yield suggest("x")
+            yield {"type": "resumed", "step": 1}
+            yield report(0.5, 2)
             yield CRASH
         yield from worth(number, attempt)
 
     with pytest.raises(Interrupted):
-        search(until, **(TOGETHER | {"trials": 64}))
-    assert search(good, **(TOGETHER | {"trials": 3})).given  # fewer than wait: they are decided on
-    assert sum(trial.state.is_finished() for trial in trials()) >= 3
+        search(crashes, **(TOGETHER | {"trials": 12}))  # three of them wait for one another
+    assert states(trials()) == ["PRUNED", "RUNNING", "PRUNED"]
+    again = search(worth, **(TOGETHER | {"trials": 48})).given
+    assert [attempt for number, attempt, _ in again if number == 1] == [3]
+    assert len(trials()) == 48
+
+
+def test_fewer_trials_than_wait_are_still_exactly_so_many(search, trials, url):
+    def crashes(number, attempt):
+        yield from worth(number, attempt) if number < 8 else iter([CRASH])
+
+    with pytest.raises(Interrupted):
+        search(crashes, **(TOGETHER | {"trials": 64}))
+    rows = results.rows(storage.read_study(url, "mine"))
+    assert [row.state for row in rows] == ["paused"] * 8 + ["running"]
+    search(worth, **(TOGETHER | {"trials": 3}))
+    assert sum(trial.state.is_finished() for trial in trials()) == 3
 
 
 # How many

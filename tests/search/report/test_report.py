@@ -304,6 +304,7 @@ def test_attempts_that_died_are_shown_in_their_workers_lane():
         (TrialState.PRUNED, ("diverged",), ["failed"]),
         (TrialState.FAIL, ("killed", "timeout"), ["died", "died"]),
         (TrialState.COMPLETE, ("coordinator ended", "complete"), ["interrupted", "complete"]),
+        (TrialState.PRUNED, ("paused", "pruned"), ["paused", "pruned"]),
     ],
 )
 def test_an_attempt_after_which_its_trial_ran_again_has_died(state, reasons, ends):
