@@ -41,6 +41,7 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_machine_that_has_all_it_needs(tmp_path):
     done = run("--dataset", "digits", "--out", str(tmp_path / "runs"), "--json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -67,7 +68,9 @@ def test_a_problem_is_told_with_its_fix(tmp_path):
     [
         ("import os; os.abort()", "killed by signal 6", 60),
         ("raise ImportError('libcudart.so')", "libcudart.so", 60),
-        ("import time; time.sleep(60)", "not imported within", 3),
+        pytest.param(
+            *("import time; time.sleep(60)", "not imported within", 3), marks=pytest.mark.slow
+        ),
     ],
     ids=["crashes", "raises", "hangs"],
 )

@@ -313,7 +313,10 @@ def test_n1_a_value_that_is_not_finite_is_pruned_and_never_the_best(tmp_path, en
 @pytest.mark.fault("N2")
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("raise", "the dummy's own error"), ("string", "The objective returns a number")],
+    [
+        pytest.param("raise", "the dummy's own error", marks=pytest.mark.slow),
+        ("string", "The objective returns a number"),
+    ],
 )
 def test_first_trials_that_all_fail_alike_stop_the_study(tmp_path, engine, fault, message):
     command = Command(tmp_path, DUMMY_FAULT=fault, DUMMY_SLEEP="0.01")
@@ -347,6 +350,7 @@ def test_a4_the_same_seed_gives_the_same_points_interrupted_or_not(tmp_path):
 
 
 @pytest.mark.fault("S8")
+@pytest.mark.slow
 def test_s8_another_seed_under_the_same_study_is_refused(command):
     command.run("--trials", "2", "--seed", "1")
     before = (command.folder / "study.db").read_bytes()

@@ -91,7 +91,7 @@ def check_each(tmp_path, fail, when, every):
 
 
 @pytest.mark.fault("S1")
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_s1_a_transaction_that_fails_is_made_once(tmp_path, fail, when):
     assert check_each(tmp_path, fail, when, every=29) > 40
 

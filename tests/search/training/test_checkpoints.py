@@ -225,7 +225,14 @@ def other_rate():
     return model
 
 
-@pytest.mark.parametrize("make", [other_activation, other_loss, other_rate])
+@pytest.mark.parametrize(
+    "make",
+    [
+        other_activation,
+        pytest.param(other_loss, marks=pytest.mark.slow),
+        pytest.param(other_rate, marks=pytest.mark.slow),
+    ],
+)
 def test_changed_code_does_not_go_on_with_what_the_old_has_trained(tmp_path, caplog, make):
     with pytest.raises(Killed):
         train(network, tmp_path / "c.npz", KillAfter(3))
@@ -287,7 +294,7 @@ def coarse():
         keras.config.set_dtype_policy("float32")
 
 
-@pytest.mark.parametrize("make", [scaled, coarse])
+@pytest.mark.parametrize("make", [scaled, pytest.param(coarse, marks=pytest.mark.slow)])
 def test_variables_of_any_kind_are_taken_up(tmp_path, make):
     with pytest.raises(Killed):
         train(make, tmp_path / "c.npz", KillAfter(3, step=1))

@@ -60,7 +60,7 @@ class Batches(keras.callbacks.Callback):
         self.seen.append(batch)
 
 
-@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("average", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_several_steps_at_once_come_to_the_same(average, monkeypatch):
     monkeypatch.setattr(backend, "VALIDATION_BATCH", 6)  # seven batches, and four steps at once
     one_by_one, expected = train(num_validated=40, average=average)
