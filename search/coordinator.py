@@ -26,6 +26,7 @@ from optuna.trial import TrialState
 
 from search import pruning, results, sampling
 from search.errors import SearchError
+from search.first_trials import FirstTrials
 from search.settings import Settings
 from search.storage import storage
 from search.storage.snapshots import Snapshots
@@ -94,9 +95,7 @@ class Coordinator:
         self._has_warned = False  # of trials that are trained on images
         self._running: dict[int, UnfinishedTrial] = {}  # by slot
         self._when_stored: list[Callable[[], None]] = []  # what waits until all is stored
-        # Of the first trials, those that pause until as many have come to the first decision.
-        self._paused: list[UnfinishedTrial] = []
-        self._num_first = self._first_together()
+        self._first = FirstTrials(study, settings, self._num_reports)
         self._waiting = deque(self._adopt())
 
     def search(self, pool: Pool) -> None:
@@ -146,19 +145,20 @@ class Coordinator:
                 trial = UnfinishedTrial(self._study, stored)
                 if ending := trial.adopt():
                     self._ended(trial, ending)
-                elif self._pauses(trial, stored.last_step or 0):  # as it did
-                    self._paused.append(trial)
+                elif self._first.holds(trial, stored.last_step or 0):  # as before
+                    self._first.waiting.append(trial)
                 else:
                     waiting.append(trial)
-        for what, trials in (("continuing", waiting), ("still waiting:", self._paused)):
+        for what, trials in (("continuing", waiting), ("still waiting:", self._first.waiting)):
             if trials:
                 numbers = ", ".join(str(trial.number) for trial in trials)
                 logger.info("%s trials %s", what, numbers)
-        self._view.waits(len(self._paused))
+        self._view.waits(len(self._first.waiting))
         return waiting
 
     def _next(self) -> UnfinishedTrial | None:
-        unfinished = sum(not trial.told for trial in self._running.values()) + len(self._paused)
+        unfinished = sum(not trial.told for trial in self._running.values())
+        unfinished += len(self._first.waiting)
         # More may be left from a run that was to have more.
         if self._num_finished + unfinished >= self._settings.trials:
             return None
@@ -207,8 +207,7 @@ class Coordinator:
         with self._stored_first():
             for event in pool.poll(timeout):
                 self._handle(pool, event)
-            if self._paused and not self._is_start():
-                self._end_pauses()
+            self._decide(self._first.released())
 
     @contextmanager
     def _stored_first(self) -> Iterator[None]:
@@ -275,58 +274,20 @@ class Coordinator:
             for earlier, value, metrics in trial.reports(until=step):
                 self._logs.report(f"trial-{trial.number}", earlier, value, metrics, trial.params)
 
-    def _first_together(self) -> int:
-        """How many of the first trials are decided on together, at the first decision.
-
-        The first of few would go on for want of others, and train for long before it is known that
-        it is none of the best; a good one would end, since one was better by chance. In replays of
-        recorded curves (README, "When to stop a trial") a good model came sooner.
-        """
-        run = self._study.user_attrs.get("run", {})
-        # Without a checkpoint the best of them would begin again.
-        may_pause = self._settings.kind == "space" and self._settings.checkpoints
-        if self._settings.pruner != "asha" or not may_pause or run.get("own_fit"):
-            return 0
-        return min(sampling.STARTUP_TRIALS, self._settings.trials // 4)
-
-    def _is_start(self, coming: int | None = None) -> bool:
-        """Whether fewer have come there, or ended.
-
-        Args:
-            coming: number of a trial that comes there now.
-        """
-        if not self._num_first:  # it has been over before: nothing to count
-            return False
-        first = self._settings.first_rung
-        come = sum(
-            trial.number == coming or trial.state.is_finished() or pruning.has_come_to(trial, first)
-            for trial in self._trials()
-        )
-        if come >= self._num_first:
-            self._num_first = 0
-        return self._num_first > 0
-
-    def _pauses(self, trial: UnfinishedTrial, step: int) -> bool:
-        """Whether it waits for the other first ones after this report. Not behind the first
-        decision, whenever it was let go on, and not at its end."""
-        is_there = step == self._settings.first_rung and step != self._num_reports
-        return is_there and not trial.is_known_point and self._is_start(trial.number)
-
     def _pause(self, trial: UnfinishedTrial) -> None:
         trial.pause()
-        self._paused.append(trial)
-        self._view.waits(len(self._paused))
+        self._first.waiting.append(trial)
+        self._view.waits(len(self._first.waiting))
         self._failures = None  # it has worked
         logger.info(
             "trial %d waits after report %d for the other first ones", trial.number, trial.last_step
         )
 
-    def _end_pauses(self) -> None:
+    def _decide(self, released: list[UnfinishedTrial]) -> None:
         """Those that are behind end; the others go on, the best first, as soon as there is room."""
-        paused, self._paused = self._paused, []
-        self._view.waits(0)
+        self._view.waits(len(self._first.waiting))
         going_on = []
-        for trial in paused:
+        for trial in released:
             if ending := trial.end_if_behind(self._pruner):
                 self._ended(trial, ending)
             else:
@@ -346,7 +307,7 @@ class Coordinator:
         }
         # A trial that is trained whole has nothing left to save, and a value to count.
         may_prune = message["step"] != self._num_reports
-        pauses = self._pauses(trial, message["step"])
+        pauses = self._first.holds(trial, message["step"])
         ending = trial.report(message, self._pruner if may_prune and not pauses else None)
         if self._logs.is_on:
             figures = message["step"], message["value"], message["metrics"]

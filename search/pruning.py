@@ -34,7 +34,7 @@ class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
     So, unlike with decisions at rungs alone and among those that have come there, a trial that is
     quick but bad has no rung to itself, and one that began when little was known ends once it is
     behind what others were with fewer images. The best of all never ends; of the first few the best
-    so far goes on, as in Optuna's own (search/coordinator.py has them wait). Trials that broke a
+    so far goes on, as in Optuna's own (search/first_trials.py has them wait). Trials that broke a
     constraint (diverged, out of memory) set no bar: nobody could complete what they had begun.
 
     Args:

@@ -175,7 +175,7 @@ def best(study: optuna.Study) -> Row | None:
 
 
 def is_paused(trial: FrozenTrial) -> bool:
-    """Whether it waits for others (search/coordinator.py): nobody trains it now."""
+    """Whether it waits for others (search/first_trials.py): nobody trains it now."""
     attempts = attempts_of(trial)
     is_between = bool(attempts) and attempts[-1].get("reason") == PAUSED
     return is_between and trial.state == TrialState.RUNNING

@@ -596,7 +596,7 @@ def policies(table: Table) -> dict[str, Policy]:
         return Policy(pruner=made, **rest)
 
     pruned = functools.partial(_own, own["pruner"], first, factor)
-    waits = min(sampling.STARTUP_TRIALS, own["trials"] // 4)  # search/coordinator.py
+    waits = min(sampling.STARTUP_TRIALS, own["trials"] // 4)  # search/first_trials.py
     default = Policy(own["sampler"], pruned, drafts=sampling.STARTUP_DRAFTS, waits=waits)
     second = float(np.median(np.nansum((table.report + table.measure)[:, :1], 1)))
     return {

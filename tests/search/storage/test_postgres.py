@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -412,7 +413,7 @@ def test_a_run_goes_on_where_its_study_was_moved(tmp_path, url):
     )  # fmt: skip
     assert moved.returncode == 0, moved.stderr
     assert "dummy: 3 trials moved from" in moved.stdout
-    assert f"--out {command.folder} --storage {url} --seed 0" in moved.stdout
+    assert f"--out {command.folder} --storage {shlex.quote(url)} --seed 0" in moved.stdout
     code, output = command.run("--trials", "4", "--workers", "1")
     assert code == EXIT_USAGE
     assert f"--storage {url}" in output
