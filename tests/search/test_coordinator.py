@@ -230,6 +230,7 @@ def test_pauses_cost_no_attempt_and_no_seconds(search, trials, monkeypatch):
         assert trial.user_attrs["seconds"] == pytest.approx(ran, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_trials_that_wait_have_worked_though_others_fail(search, trials):
     def fails(number, attempt):
         if number in (1, 2, 4):
@@ -242,6 +243,7 @@ def test_trials_that_wait_have_worked_though_others_fail(search, trials):
     assert len(trials()) == 32
 
 
+@pytest.mark.slow
 def test_what_went_on_once_does_not_wait_again(search, trials):
     """A larger number of trials makes more of them the first ones."""
 

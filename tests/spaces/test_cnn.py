@@ -111,7 +111,9 @@ def test_layers_in_order(values, layers):
     assert names == ["InputLayer", "Rescaling", *layers.split()]
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize(
+    "seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 25))]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_point_is_a_model_of_bounded_cost(seed, shape, parameters, default_cost):
     hp = point(random_values(parameters[shape], seed))

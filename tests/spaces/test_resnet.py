@@ -92,7 +92,9 @@ def test_the_size_of_resnet20():
     assert len(convolutions(model, 3)) + 1 == 20
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 6))]
+)
 def test_every_point_is_a_model_of_bounded_cost(seed, parameters, default_cost):
     hp = point(random_values(parameters, seed))
     asked = set(hp.values)

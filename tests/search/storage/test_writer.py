@@ -115,7 +115,7 @@ ACTS = (complete, pruned, failed, infinite, running, shortened, enqueued, asked_
 
 
 @pytest.mark.parametrize("act", [*ACTS, attributed])
-@pytest.mark.parametrize("is_together", [False, True])
+@pytest.mark.parametrize("is_together", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_is_written_is_what_optuna_reads(study, url, act, is_together):
     complete(study)
     storage.at(url).open("another").ask()  # its trials are others of the same table
