@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.broken_builds import BREAKS
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = (
@@ -93,3 +95,8 @@ def test_its_packages_for_jax_are_all_but_tensorflow():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = {re.split("[<>=]", dependency)[0] for dependency in project["dependencies"]}
     assert named | {"tensorflow"} == needed
+
+
+def test_each_broken_build_finds_what_it_breaks():
+    places = [(ROOT / broken.file).read_text().count(broken.old) for broken in BREAKS]
+    assert places == [1] * 21
