@@ -53,7 +53,7 @@ class UnfinishedTrial:
         self.last_step = 0  # reported by this attempt
         self._study = study
         self._id = stored._trial_id
-        self._is_known_point = "known_point" in stored.user_attrs
+        self.is_known_point = "known_point" in stored.user_attrs
         self._attempts: list[dict[str, Any]] = copy.deepcopy(stored.user_attrs.get("attempts", []))
         # What is stored and did not end the trial has been passed: not pruned up to there.
         self._passed = stored.last_step or 0
@@ -78,10 +78,6 @@ class UnfinishedTrial:
     def attempt(self) -> int:
         """The number of the attempt that runs, from 1."""
         return len(self._attempts)
-
-    @property
-    def is_known_point(self) -> bool:
-        return self._is_known_point
 
     @property
     def is_alone(self) -> bool:
@@ -337,7 +333,7 @@ class UnfinishedTrial:
 
     def _is_behind(self, trial: FrozenTrial, pruner: optuna.pruners.BasePruner) -> bool:
         # A known point ends early only where the search has something better already.
-        may_end = not self._is_known_point or pruning.is_beaten(self._study, trial)
+        may_end = not self.is_known_point or pruning.is_beaten(self._study, trial)
         return may_end and pruner.prune(self._study, trial)
 
     def _store_report(self, step: int, value: float) -> None:

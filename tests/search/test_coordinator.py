@@ -149,6 +149,19 @@ def test_the_first_wait_for_one_another_and_the_best_of_them_go_on(search, trial
     assert all(trial.state.is_finished() for trial in found)
 
 
+def test_those_that_wait_have_been_begun(search, trials):
+    """With as many workers as trials, none is left to begin while the first of them wait."""
+
+    def late(number, attempt):
+        for _ in range(10 if number > 2 and attempt == 1 else 0):
+            yield {"type": "progress"}
+        yield from worth(number, attempt)
+
+    search(late, **(TOGETHER | {"num_slots": 16}))
+    assert [trial.number for trial in trials()] == list(range(16))
+    assert all(trial.state.is_finished() for trial in trials())
+
+
 @pytest.mark.parametrize(
     ("changed", "waiting"),
     [
