@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,10 @@ if TYPE_CHECKING:
     import keras
     import optuna
 
-_OPTIONS = frozenset(
-    (
-        *("trials", "epochs", "dataset", "seed", "time_budget", "sampler", "pruner", "storage"),
-        *("workers", "per_gpu", "precision", "max_attempts", "top", "seeds", "final_epochs", "log"),
-        *("weights", "cache_size", "trial_timeout", "silence"),
-        *("engine", "address", "shared", "allow_insecure_ray"),
-    )
-)
+# Of the command line's: not what has another form as an argument of run().
+_OPTIONS = {option.name for option in cli.params if option.name} - {
+    *("study", "out", "no_retrain", "verbose", "quiet", "version"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Result:
             SearchError: if nothing was retrained, or a file is not what was written.
         """
         if self.metrics is None:
-            raise SearchError("there are no models: the run was started with retrain=False")
+            raise SearchError("there are no models: nothing was retrained")
         import keras
 
         paths = artifacts.verified_models(self.metrics, self.folder)
@@ -90,7 +87,7 @@ class Result:
 
 
 def run(
-    study: str | Study,
+    study: str | Path | Study,
     *,
     out: str | Path | None = None,
     retrain: bool = True,
@@ -100,8 +97,9 @@ def run(
     """Search a study, retrain and test its winners; called again, go on where it was left.
 
     Args:
-        study: a name, the path of a study's file, or a `Study`. A `Study`'s space (or objective) is
-            a class or function that can be imported, or text: "file.py:name" or "module:name".
+        study: a name, the path of a study's file (text or a `Path`), or a `Study`. A `Study`'s
+            space (or objective) is a class or function that can be imported, or text:
+            "file.py:name" or "module:name".
         out: folder of the run; None for runs/<study>.
         retrain: the winners, and measure them on the test set.
         verbosity: -1 for warnings only, 1 for every event.
@@ -127,9 +125,13 @@ def run(
         text = _text_of(study)
         before = path.read_text() if path.exists() else None
         if before != text:
-            with storage.lock(folder / folders.LOCK):  # another's workers may be reading it
+            with (
+                folders.umask(folders.PRIVATE),
+                storage.lock(folder / folders.LOCK),  # another's workers may be reading it
+            ):
                 artifacts.write_text(path, text)
-        study = str(path)
+        study = path
+    study = os.fspath(study)
     entry = catalogue.find(study)
     folder = Path(out or Path("runs") / entry.name)
     try:
@@ -139,7 +141,8 @@ def run(
         raise KeyboardInterrupt from None
     except SearchError as error:
         if error.exit_code == EXIT_USAGE and before is not None:  # refused: the file is the run's
-            artifacts.write_text(study, before)
+            with folders.umask(folders.PRIVATE):
+                artifacts.write_text(study, before)
         raise
     opened = storage.read_study(outcome.url, entry.name)
     assert opened is not None

@@ -26,7 +26,6 @@ from optuna.trial import TrialState
 
 from search import pruning, results, sampling
 from search.errors import SearchError
-from search.first_trials import FirstTrials
 from search.settings import Settings
 from search.storage import storage
 from search.storage.snapshots import Snapshots
@@ -35,8 +34,7 @@ from search.view import notes
 from search.view.progress import View
 from search.view.trial_logs import Logs
 from search.workers.pool import Pool
-from search.workers.protocol import PAUSE
-from search.workers.slots import OUT_OF_MEMORY, PAUSED, Event, Slot
+from search.workers.slots import OUT_OF_MEMORY, Event, Slot
 
 logger = logging.getLogger("search")
 
@@ -89,13 +87,11 @@ class Coordinator:
         self._num_finished = sum(trial.state.is_finished() for trial in trials)
         # Reasons of failures, as long as nothing else has happened; else None.
         self._failures: list[str] | None
-        has_worked = any(trial.state in usable or results.is_paused(trial) for trial in trials)
-        self._failures = None if has_worked else []
+        self._failures = None if any(trial.state in usable for trial in trials) else []
         self._all_known_tried = False
         self._has_warned = False  # of trials that are trained on images
         self._running: dict[int, UnfinishedTrial] = {}  # by slot
         self._when_stored: list[Callable[[], None]] = []  # what waits until all is stored
-        self._first = FirstTrials(study, settings, self._num_reports)
         self._waiting = deque(self._adopt())
 
     def search(self, pool: Pool) -> None:
@@ -145,20 +141,14 @@ class Coordinator:
                 trial = UnfinishedTrial(self._study, stored)
                 if ending := trial.adopt():
                     self._ended(trial, ending)
-                elif self._first.holds(trial, stored.last_step or 0):  # as before
-                    self._first.waiting.append(trial)
-                else:
-                    waiting.append(trial)
-        for what, trials in (("continuing", waiting), ("still waiting:", self._first.waiting)):
-            if trials:
-                numbers = ", ".join(str(trial.number) for trial in trials)
-                logger.info("%s trials %s", what, numbers)
-        self._view.waits(len(self._first.waiting))
+                    continue
+                waiting.append(trial)
+        if waiting:
+            logger.info("continuing trials %s", ", ".join(str(trial.number) for trial in waiting))
         return waiting
 
     def _next(self) -> UnfinishedTrial | None:
         unfinished = sum(not trial.told for trial in self._running.values())
-        unfinished += len(self._first.waiting)
         # More may be left from a run that was to have more.
         if self._num_finished + unfinished >= self._settings.trials:
             return None
@@ -207,7 +197,6 @@ class Coordinator:
         with self._stored_first():
             for event in pool.poll(timeout):
                 self._handle(pool, event)
-            self._decide(self._first.released())
 
     @contextmanager
     def _stored_first(self) -> Iterator[None]:
@@ -244,9 +233,6 @@ class Coordinator:
                 del self._running[slot.index]
                 if trial.told:
                     return
-                if message["outcome"] == PAUSED:
-                    self._pause(trial)
-                    return
                 may_fit_alone = not trial.is_alone and pool.shares_memory(slot)
                 if message["outcome"] == OUT_OF_MEMORY and may_fit_alone:
                     self._lost(trial, f"ran out of memory: {message['reason']}", OUT_OF_MEMORY)
@@ -274,28 +260,8 @@ class Coordinator:
             for earlier, value, metrics in trial.reports(until=step):
                 self._logs.report(f"trial-{trial.number}", earlier, value, metrics, trial.params)
 
-    def _pause(self, trial: UnfinishedTrial) -> None:
-        trial.pause()
-        self._first.waiting.append(trial)
-        self._view.waits(len(self._first.waiting))
-        self._failures = None  # it has worked
-        logger.info(
-            "trial %d waits after report %d for the other first ones", trial.number, trial.last_step
-        )
-
-    def _decide(self, released: list[UnfinishedTrial]) -> None:
-        """Those that are behind end; the others go on, the best first, as soon as there is room."""
-        self._view.waits(len(self._first.waiting))
-        going_on = []
-        for trial in released:
-            if ending := trial.end_if_behind(self._pruner):
-                self._ended(trial, ending)
-            else:
-                going_on.append(trial)
-        self._waiting.extendleft(sorted(going_on, key=lambda trial: trial.best))
-
-    def _report(self, slot: Slot, trial: UnfinishedTrial, message: dict[str, Any]) -> bool | str:
-        """Store a report; whether the worker is to stop, or PAUSE."""
+    def _report(self, slot: Slot, trial: UnfinishedTrial, message: dict[str, Any]) -> bool:
+        """Store a report; whether the worker is to stop."""
         if trial.told:
             return True
         slot.status.setdefault("before", message["step"] - 1)  # reports of earlier attempts
@@ -307,14 +273,13 @@ class Coordinator:
         }
         # A trial that is trained whole has nothing left to save, and a value to count.
         may_prune = message["step"] != self._num_reports
-        pauses = self._first.holds(trial, message["step"])
-        ending = trial.report(message, self._pruner if may_prune and not pauses else None)
+        ending = trial.report(message, self._pruner if may_prune else None)
         if self._logs.is_on:
             figures = message["step"], message["value"], message["metrics"]
             self._logs.report(f"trial-{trial.number}", *figures, trial.params)
         if ending:
             self._ended(trial, ending)
-        return PAUSE if pauses else ending is not None
+        return ending is not None
 
     def _lost(self, trial: UnfinishedTrial, how: str, kind: str) -> None:
         first_line, _, last_words = how.partition("\n")
@@ -369,8 +334,8 @@ class Coordinator:
         enough = len(failures) >= min(FAILURES_TO_STOP, self._settings.trials)
         if enough and len(set(failures)) == 1:
             raise SearchError(
-                f"the first {len(failures)} trials all failed with the same error: {reason}. "
-                "Mend the study's file and type the same command",
+                f"the first {len(failures)} trials to end all failed with the same error: "
+                f"{reason}. Mend the study's file and type the same command",
                 detail=detail,
             )
 

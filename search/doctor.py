@@ -61,14 +61,17 @@ def examine(dataset: str, out: Path) -> list[Finding]:
         dataset: a name, a .npz file or a folder of images.
         out: where runs are to be kept, or a run's own folder.
     """
+    data = [*_data(dataset)]
+    # What is there need not be fetched.
+    to_fetch = 2**20 if all(found.state == OK for found in data) else folders.NEEDED_BYTES
     return [
         *_versions(),
         *_devices(),
         *_backend(),
-        *_data(dataset),
+        *data,
         *_weights(),
         *_disk("runs", _existing(out), folders.NEEDED_BYTES),
-        *_disk("KERAS_HOME", _existing(fetching.keras_datasets().parent), 2**20),
+        *_disk("KERAS_HOME", _existing(fetching.keras_datasets().parent), to_fetch),
         *_folder(out),
         *_studies(out),
     ]
@@ -272,27 +275,21 @@ def _studies(out: Path) -> Iterator[Finding]:
 
 
 def _unusable(file: Path) -> str:
-    import optuna
-
+    url = f"sqlite:///{file}"
     try:
-        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            names = [name for (name,) in connection.execute("SELECT study_name FROM studies")]
-        for name in names:
-            study = storage.read_study(f"sqlite:///{file}", name)
+        for name in storage.at(url).names():
+            study = storage.read_study(url, name)
             if study and not run_record.is_readable(study):
                 return f"another version began {name!r}: only that one goes on with it"
-    except (SearchError, sqlite3.Error) as error:
-        moved = isinstance(error, SearchError) and error.exit_code == EXIT_USAGE
-        return "" if moved else str(error)
-    except optuna.exceptions.StorageInternalError:
-        return f"it is not of this Optuna's ({optuna.__version__}) version"
+    except SearchError as error:
+        return "" if error.exit_code == EXIT_USAGE else str(error)  # moved: no fault
     return ""
 
 
 def _existing(path: Path) -> Path:
     """The path, or its nearest folder that is there."""
     path = path.expanduser().absolute()
-    return next((at for at in (path, *path.parents) if at.exists()), path)
+    return next((at for at in (path, *path.parents) if os.path.exists(at)), path)
 
 
 def _file_system(folder: Path) -> str:

@@ -55,13 +55,17 @@ def umask(mask: int) -> Iterator[None]:
 def refuse_links(folder: Path) -> None:
     """Raises SearchError if something that a run writes in `folder` is a link that leads out."""
     inside = folder.resolve()
-    for name in WRITTEN:
-        for path in (folder / name, *(folder / name).rglob("*")):
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                raise SearchError(
-                    f"Files are not written through symbolic links. Received: {path} -> "
-                    f"{os.readlink(path)}. Fix: remove the link"
-                )
+    try:
+        paths = [p for name in WRITTEN for p in (folder / name, *(folder / name).rglob("*"))]
+        links = [path for path in paths if path.is_symlink()]
+    except OSError as error:
+        raise SearchError(f"{folder} can't be read: {error.strerror}; take another") from None
+    for path in links:
+        if not path.resolve().is_relative_to(inside):
+            raise SearchError(
+                f"Files are not written through symbolic links. Received: {path} -> "
+                f"{os.readlink(path)}. Fix: remove the link"
+            )
 
 
 def check(folder: Path, option: str) -> None:

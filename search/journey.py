@@ -221,11 +221,19 @@ class _Journey:
 
     def _already_done(self, final: bool) -> Outcome | None:
         """The outcome, without starting a worker, where nothing is left to do."""
+        if (outcome := self._as_stored(final)) is None:
+            return None
+        with signals.interruptible(None):  # it may read gigabytes
+            has_changed = verified.has_changed(outcome.settings, self._begun.user_attrs["run"])
+        return None if has_changed else outcome
+
+    def _as_stored(self, final: bool) -> Outcome | None:
+        """The outcome, if study and folder hold all of it."""
         run = self._run()
         if run is None or run["file_sha256"] != artifacts.sha256(self._entry.file):
             return None
         settings = self._settings(run["described"])
-        if self._num_finished() < settings.trials:
+        if self._num_finished() < settings.trials or not results.winners(self._begun, 1):
             return None
         if not final or settings.kind == "objective":
             return self._outcome(settings, None)
@@ -253,9 +261,10 @@ class _Journey:
             )
         settings = self._settings(described)
         is_objective = settings.kind == "objective"
-        dataset = None if is_objective else verified.described_data(settings.dataset)
         named = settings
-        settings, pretrained = verified.with_weights(settings)
+        with signals.interruptible(None):  # a download, or thousands of images to decode
+            dataset = None if is_objective else verified.described_data(settings.dataset)
+            settings, pretrained = verified.with_weights(settings)
         pool.prepare(dataclasses.asdict(settings))
         ready = pool.wait_for_space()
         run = self._run()
@@ -308,7 +317,7 @@ class _Journey:
             run_record.refuse_differences(
                 run["fixed"], settings.fixed(), settings.name, str(self._folder)
             )
-            kept = {name: run["told"].get(name) for name in run_record.OF_WINNERS}
+            kept = {name: run["told"][name] for name in run_record.OF_WINNERS}
             settings = dataclasses.replace(
                 settings,
                 **{n: v for n, v in kept.items() if v is not None and self._options.get(n) is None},
@@ -339,7 +348,7 @@ class _Journey:
         if self._num_finished() >= settings.trials and not results.winners(study, 1):
             raise SearchError(
                 f"all {settings.trials} trials of {settings.name!r} are finished and none is "
-                "complete: `fmnist-search show` says why; more --trials or another space may help",
+                f"complete: {results.SHOW} says why; more --trials or another space may help",
                 exit_code=EXIT_NOTHING_USABLE,
             )
 
@@ -426,6 +435,9 @@ class _Journey:
 
     def _outcome(self, settings: Settings, figures: dict[str, Any] | None) -> Outcome:
         best, url = results.best(self._begun), self._database.url
+        if self._options.get("search") is False:  # what the search was to have
+            trials = self._begun.user_attrs["run"]["told"]["trials"]
+            settings = dataclasses.replace(settings, trials=trials)
         return Outcome(self._folder, url, settings, self._num_finished(), best, figures)
 
 

@@ -34,8 +34,8 @@ class SuccessiveHalvingOfReports(optuna.pruners.BasePruner):
     So, unlike with decisions at rungs alone and among those that have come there, a trial that is
     quick but bad has no rung to itself, and one that began when little was known ends once it is
     behind what others were with fewer images. The best of all never ends; of the first few the best
-    so far goes on, as in Optuna's own (search/first_trials.py has them wait). Trials that broke a
-    constraint (diverged, out of memory) set no bar: nobody could complete what they had begun.
+    so far goes on, as in Optuna's own. Trials that broke a constraint (diverged, out of memory) set
+    no bar: nobody could complete what they had begun.
 
     Args:
         first_rung: reports before the first decision, at least 1.
@@ -109,7 +109,7 @@ class _Seen:
             if other.number == trial.number or reached is None:
                 continue
             is_better = reached > value
-            of += is_better or has_come_to(other, rung)
+            of += is_better or _has_come_to(other, rung)
             ahead += is_better
         return of - _counts(trial), ahead  # once it has ended it is among them itself
 
@@ -126,7 +126,7 @@ class _Seen:
 
     def _keep(self, trial: FrozenTrial, rung: int) -> None:
         if (value := _best_until(trial, rung)) is not None:
-            bisect.insort(self._kept[rung][not has_come_to(trial, rung)], value)
+            bisect.insort(self._kept[rung][not _has_come_to(trial, rung)], value)
 
 
 def is_beaten(study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -135,7 +135,7 @@ def is_beaten(study: optuna.Study, trial: FrozenTrial) -> bool:
     assert step is not None
     value = max(trial.intermediate_values.values())
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    found = (_best_until(other, step) for other in complete if has_come_to(other, step))
+    found = (_best_until(other, step) for other in complete if _has_come_to(other, step))
     return any(other is not None and other > value for other in found)
 
 
@@ -154,8 +154,7 @@ def _counts(trial: FrozenTrial) -> bool:
     return is_sound and trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def has_come_to(trial: FrozenTrial, step: int) -> bool:
-    """Whether it has reported there, or later."""
+def _has_come_to(trial: FrozenTrial, step: int) -> bool:
     return trial.last_step is not None and trial.last_step >= step
 
 

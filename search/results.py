@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from search.errors import EXIT_NOTHING_USABLE, EXIT_USAGE, SearchError
-from search.workers.slots import PAUSED
 
 ACCURACY = "validation accuracy"
+SHOW = "`fmnist-search show` with the same --study, --out and --storage"
 # Parts of the data as published figures name them -> as winners do.
 PARTS = {"train": "train", "val": "validation", "test": "test"}
 _SHOWN_ELSEWHERE = ("known_point", "seconds", "reason", "stderr", "traceback")
@@ -22,7 +23,7 @@ class Row(NamedTuple):
     """One trial."""
 
     number: int
-    state: str  # complete, pruned, fail, running, paused, waiting
+    state: str  # complete, pruned, fail, running, waiting
     value: float | None  # validation accuracy, fraction; of complete trials only
     last_value: float | None  # of the last report
     reports: int
@@ -61,7 +62,7 @@ def detail(study: optuna.Study, number: int) -> dict[str, Any]:
     if number >= len(trials):
         raise SearchError(
             f"study {study.study_name!r} has no trial {number}; it has {len(trials)} trials, see "
-            "`fmnist-search show`",
+            f"{SHOW}",
             exit_code=EXIT_USAGE,
         )
     trial = trials[number]
@@ -117,7 +118,7 @@ def chosen(study: optuna.Study, top: int, number: int | None) -> list[FrozenTria
             return [trial]
     raise SearchError(
         f"study {study.study_name!r} has no trial {number} that has begun; it has {len(trials)} "
-        "trials, see `fmnist-search show`",
+        f"trials, see {SHOW}",
         exit_code=EXIT_USAGE,
     )
 
@@ -174,13 +175,6 @@ def best(study: optuna.Study) -> Row | None:
     return first if first and first.state == "complete" else None
 
 
-def is_paused(trial: FrozenTrial) -> bool:
-    """Whether it waits for others (search/first_trials.py): nobody trains it now."""
-    attempts = attempts_of(trial)
-    is_between = bool(attempts) and attempts[-1].get("reason") == PAUSED
-    return is_between and trial.state == TrialState.RUNNING
-
-
 def attempts_of(trial: FrozenTrial) -> list[dict[str, Any]]:
     """A trial's attempts, as the coordinator stores them."""
     return list(trial.user_attrs.get("attempts", []))
@@ -191,18 +185,33 @@ def end_of(attempt: Mapping[str, Any]) -> float:
     return float(attempt.get("end", attempt.get("seen", attempt["start"])))
 
 
-def search_seconds(study: optuna.Study) -> float:
-    """Time in which at least one trial was running, however often the search was interrupted."""
-    intervals = sorted(
-        (attempt["start"], end_of(attempt))
-        for trial in study.get_trials(deepcopy=False)
-        for attempt in attempts_of(trial)
-    )
-    total, reached = 0.0, 0.0
-    for start, end in intervals:
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
+class Clock:
+    """The time of searching: that in which no trial ran does not count.
+
+    Args:
+        trials: with the attempts that the coordinator stores.
+    """
+
+    def __init__(self, trials: Iterable[FrozenTrial]):
+        self._starts: list[float] = []  # of times without a pause
+        self._before: list[float] = []  # seconds counted before each
+        self._ends: list[float] = []
+        self.seconds = 0.0  # of all
+        times = sorted((a["start"], end_of(a)) for t in trials for a in attempts_of(t))
+        for start, end in times:
+            if not self._ends or start > self._ends[-1]:
+                self._starts.append(start)
+                self._before.append(self.seconds)
+                self._ends.append(start)
+            self.seconds += max(0.0, end - self._ends[-1])
+            self._ends[-1] = max(self._ends[-1], end)
+
+    def hours(self, time: float) -> float:
+        """Hours of searching before `time`, in seconds since 1970."""
+        at = bisect.bisect_right(self._starts, time) - 1
+        if at < 0:
+            return 0.0
+        return (self._before[at] + min(time, self._ends[at]) - self._starts[at]) / 3600
 
 
 def published(winner: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -227,11 +236,17 @@ def remarks(figures: Mapping[str, Any]) -> Iterator[str]:
 
 def _diverged(figures: Mapping[str, Any]) -> Iterator[str]:
     """What it has no figures of."""
-    for lost in figures.get("diverged", []):
-        name = f"trial {lost['trial']}"
-        if len(lost["params"]) == 1:
-            name += f" ({point_name(lost['params'])})"
-        yield f"{name} has no figures: it diverged with every seed ({lost['reason']})"
+    for winner in figures["winners"]:
+        if lost := len(winner["diverged"]):
+            trainings = f"{lost} of {lost + len(winner['seeds'])} trainings"
+            yield f"{_named(winner)}: {trainings} diverged and are in none of the figures"
+    for winner in figures.get("diverged", []):
+        yield (f"{_named(winner)} has no figures: it diverged with every seed ({winner['reason']})")
+
+
+def _named(winner: Mapping[str, Any]) -> str:
+    name = f"trial {winner['trial']}"
+    return f"{name} ({point_name(winner['params'])})" if len(winner["params"]) == 1 else name
 
 
 def tested_besides(figures: Mapping[str, Any]) -> str:
@@ -292,7 +307,7 @@ def _row(trial: FrozenTrial, run: Mapping[str, Any]) -> Row:
     last = trial.last_step
     return Row(
         number=trial.number,
-        state="paused" if is_paused(trial) else trial.state.name.lower(),
+        state=trial.state.name.lower(),
         value=trial.value if trial.state == TrialState.COMPLETE else None,
         last_value=None if last is None else trial.intermediate_values[last],
         reports=len(trial.intermediate_values),

@@ -11,12 +11,12 @@ import optuna
 
 from search import artifacts, catalogue, provenance
 from search.errors import EXIT_USAGE, SearchError
-from search.settings import Settings
+from search.settings import USELESS, Settings
 from search.workers.protocol import Message
 
 # Of what is kept here and in the trials' attributes: to be raised where older runs can no longer be
 # read right. Better refused than half understood.
-FORMAT = 1
+FORMAT = 2
 
 # What a call that does not say it takes from the one before: typed once more, the command that
 # began a run leaves alone what `retrain` has made of it.
@@ -121,14 +121,20 @@ def changed(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
 
 
 def options(run: Mapping[str, Any]) -> list[str]:
-    """What the command line has to say so that a run goes on, of that which it keeps."""
-    fixed, described = run["fixed"], run["described"]
-    words = [] if fixed["kind"] == "objective" else ["--epochs", f"{fixed['epochs']:.15g}"]
-    words += ["--seed", str(fixed["seed"])]
-    for name in ("dataset", "weights"):
-        known = run[name]
-        if known and known["reference"] != described.get(name):
-            words += [f"--{name}", known["reference"]]
+    """What the command line has to say so that a run goes on as it was, or is done again: all but
+    the workers, which are the machine's."""
+    fixed, described, told = run["fixed"], run["described"], run["told"]
+    known = {name: run[name]["reference"] for name in ("dataset", "weights") if run[name]}
+    own = {name: described.get(name) for name in (*known, "final_epochs")}
+    said = {name: fixed[name] for name in ("epochs", "seed")} | known
+    said |= {name: told[name] for name in ("trials", "sampler", "pruner", "precision", *OF_WINNERS)}
+    words = []
+    for name, value in said.items():
+        is_own = name in own and value == own[name]
+        if value in (None, "") or is_own or name in USELESS.get(fixed["kind"], ()):
+            continue
+        value = f"{value:.15g}" if isinstance(value, float) else str(value)
+        words += [f"--{name.replace('_', '-')}", value]
     return words
 
 

@@ -72,6 +72,10 @@ def interruptible(seconds: float | None) -> Iterator[None]:
 
 @contextmanager
 def _handled_by(handler: Callable[[int, Any], None], numbers: tuple[int, ...]) -> Iterator[None]:
+    # `nohup` has the hangup ignored, for what is to go on without its terminal. (An interrupt that
+    # is ignored says nothing: a shell's script does that to all that it starts with &.)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        numbers = tuple(number for number in numbers if number != signal.SIGHUP)
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

@@ -18,7 +18,7 @@ from search import pruning, results, sampling
 from search.storage import storage
 from search.workers.engine import Worker
 from search.workers.protocol import SUGGESTIONS, Message
-from search.workers.slots import OUT_OF_MEMORY, PAUSED
+from search.workers.slots import OUT_OF_MEMORY
 
 # How often a running trial's last sign of life is stored, in seconds: what a lost coordinator left
 # is said to have ended then.
@@ -53,7 +53,7 @@ class UnfinishedTrial:
         self.last_step = 0  # reported by this attempt
         self._study = study
         self._id = stored._trial_id
-        self.is_known_point = "known_point" in stored.user_attrs
+        self._is_known_point = "known_point" in stored.user_attrs
         self._attempts: list[dict[str, Any]] = copy.deepcopy(stored.user_attrs.get("attempts", []))
         # What is stored and did not end the trial has been passed: not pruned up to there.
         self._passed = stored.last_step or 0
@@ -90,11 +90,6 @@ class UnfinishedTrial:
         return self._storage.get_trial(self._id).params
 
     @property
-    def best(self) -> float:
-        """Its best report."""
-        return max(self._storage.get_trial(self._id).intermediate_values.values())
-
-    @property
     def num_reports(self) -> int:
         """Stored ones, of all attempts."""
         return len(self._storage.get_trial(self._id).intermediate_values)
@@ -111,9 +106,8 @@ class UnfinishedTrial:
 
     @property
     def num_counted(self) -> int:
-        """Attempts that neither a pause nor the coordinator's own death has ended."""
-        not_its_doing = (COORDINATOR_ENDED, PAUSED)
-        return sum(attempt.get("reason") not in not_its_doing for attempt in self._attempts)
+        """Attempts that the coordinator's own death did not end."""
+        return sum(attempt.get("reason") != COORDINATOR_ENDED for attempt in self._attempts)
 
     def begin(
         self, worker: Worker, device: str, sampler: str, seed: int, startup_trials: int
@@ -213,21 +207,6 @@ class UnfinishedTrial:
         self._history[-1][str(step)] = figures
         self._set(results.history_key(len(self._history) - 1), self._history[-1])
 
-    def pause(self) -> None:
-        """Its worker has left it where it is."""
-        self._attempts[-1] |= {"end": self._now(), "reason": PAUSED}
-        self._passed = max(self._passed, self.last_step)
-        self._set("attempts", self._attempts)
-
-    def end_if_behind(self, pruner: optuna.pruners.BasePruner) -> dict[str, Any] | None:
-        """How it ends if it is behind now, after a pause, else None."""
-        stored = self._storage.get_trial(self._id)
-        self.last_step = self._passed
-        if not self._is_behind(stored, pruner):
-            return None
-        reason = f"behind at report {self.last_step}"
-        return self.end(TrialState.PRUNED, kind="pruned", reason=reason)
-
     def lose(self, how: str, max_attempts: int, kind: str = "killed") -> dict[str, Any] | None:
         """Its worker has died (kind timeout: it was too late; out_of_memory: it was killed for it,
         or said so); how the trial ends if that was its last attempt, else None."""
@@ -315,25 +294,16 @@ class UnfinishedTrial:
 
     def _seconds(self) -> float:
         """In which it ran: its reports, too, are those of all attempts."""
-        ended = (a["end"] - a["start"] for a in self._attempts if "end" in a)
-        return sum(ended) + (0.0 if self._is_between else time.monotonic() - self._began)
+        earlier = sum(attempt["end"] - attempt["start"] for attempt in self._attempts[:-1])
+        return earlier + time.monotonic() - self._began
 
     def _now(self) -> float:
-        """The clock as it was when the attempt began, and the time since: it may have been set.
-        Between two attempts, when the first of them ended."""
-        last = self._attempts[-1]
-        return float(
-            last["end"] if self._is_between else last["start"] + time.monotonic() - self._began
-        )
-
-    @property
-    def _is_between(self) -> bool:
-        """Whether no attempt runs."""
-        return "end" in self._attempts[-1]
+        """The clock as it was when the attempt began, and the time since: it may have been set."""
+        return self._attempts[-1]["start"] + time.monotonic() - self._began
 
     def _is_behind(self, trial: FrozenTrial, pruner: optuna.pruners.BasePruner) -> bool:
         # A known point ends early only where the search has something better already.
-        may_end = not self.is_known_point or pruning.is_beaten(self._study, trial)
+        may_end = not self._is_known_point or pruning.is_beaten(self._study, trial)
         return may_end and pruner.prune(self._study, trial)
 
     def _store_report(self, step: int, value: float) -> None:

@@ -50,7 +50,7 @@ class CNNArchitecture:
 
     def block_filters(self, block: int) -> int:
         """Filters of block 0, 1, ...: a multiple of 8, the width of a CPU's vector."""
-        return min(MAX_FILTERS, int(self.filters * self.growth**block) // 8 * 8)
+        return max(8, min(MAX_FILTERS, int(self.filters * self.growth**block) // 8 * 8))
 
     def outputs(self, x: Any, num_classes: int) -> Any:
         for block in range(self.num_blocks):

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Also the name of a folder and of an Optuna study: nothing that a shell or a path could misread.
@@ -38,7 +39,7 @@ class Study:
     # that is too far behind at a report ends there, whether or not it asks `should_prune`.
     # Nothing is retrained afterwards.
     objective: Callable[[Any], float] | None = None
-    dataset: str = "fashion_mnist"  # or a path, relative to the study's own file
+    dataset: str | Path = "fashion_mnist"  # or a path, relative to the study's own file
     trials: int = 100
     epochs: float = 5  # passes over the training part, at most, for one trial
     final_epochs: float | None = None  # of a winner's retraining; None: as many as served it best
@@ -62,7 +63,7 @@ class Study:
     published: tuple[Mapping[str, float], ...] = ()
     # Pretrained ones, for a space that takes them: "imagenet", "none" for random ones, or a file,
     # relative to the study's own.
-    weights: str | None = None
+    weights: str | Path | None = None
     # Points with more are refused before they cost anything.
     max_parameters: int | None = None
     max_flops: int | None = None  # of one image through the model
@@ -83,6 +84,12 @@ class Study:
             raise ValueError(f"sampler is one of {SAMPLERS}. Received: {self.sampler!r}")
         if self.pruner not in PRUNERS:
             raise ValueError(f"pruner is one of {PRUNERS}. Received: {self.pruner!r}")
+        for field in ("dataset", "weights"):
+            value = getattr(self, field)
+            if not isinstance(value, str | Path) and (field, value) != ("weights", None):
+                raise ValueError(f"{field} is a name or a path. Received: {value!r}")
+            if isinstance(value, Path):  # workers tell of the study in JSON
+                object.__setattr__(self, field, str(value))
         for field in ("trials", "images_per_report", "batch_size", "first_rung"):
             if not isinstance(value := getattr(self, field), int) or value < 1:
                 raise ValueError(f"{field} is a whole number of at least 1. Received: {value!r}")

@@ -37,7 +37,7 @@ BREAKS = (
     ),
     Break(
         "K2", "a coordinator's death counts as an attempt", "search/trial.py",
-        'sum(attempt.get("reason") not in not_its_doing for attempt in self._attempts)',
+        'sum(attempt.get("reason") != COORDINATOR_ENDED for attempt in self._attempts)',
         "len(self._attempts)",
         "test_coordinator.py::test_a_coordinator_s_deaths_are_no_attempts",
     ),

@@ -95,6 +95,8 @@ def run_attribute(kind="space", classes=CLASSES):
             "pruner": "asha",
             "precision": "" if is_objective else "bfloat16",
             "final_epochs": None,
+            "top": 2,
+            "seeds": 3,
         },
         "made_with": [MADE_WITH],
     }

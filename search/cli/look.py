@@ -113,13 +113,16 @@ def report(
     """
     from search import catalogue, folders
     from search.report import report
+    from search.view import dashboard
 
     opened, folder = runs.opened(study, out, storage)
     path, summary = file or folder / report.NAME, catalogue.find(study).summary
     with nullcontext() if file else folders.umask(folders.PRIVATE):  # like all of a run's files
         report.write(opened, folder, path, summary)
     click.echo(path)
-    if opens:
+    if opens and not dashboard.has_browser():
+        click.echo("fmnist-search: there is no browser here to open it in", err=True)
+    elif opens:
         click.launch(str(path))
 
 

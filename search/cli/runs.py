@@ -30,7 +30,9 @@ def journey(study: str, out: Path | None, values: dict[str, Any]) -> None:
     final = not values.pop("no_retrain", False)
     with watched(values) as view:
         outcome = run(study, folder, values, view, final=final)
-    listing.print_outcome(outcome, same_run(study, out, values["storage"]))
+    listing.print_outcome(
+        outcome, same_run(study, out, values["storage"]), same_run(study, out, None)
+    )
 
 
 @contextmanager

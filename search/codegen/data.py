@@ -155,9 +155,13 @@ def read_image(path):
     """The right side up, resized, on black where it is transparent."""
     height, width, _ = IMAGE_SHAPE
     with Image.open(path) as file:
-        # A PNG's EXIF counts where it stands before the pixels.
-        is_turned = file.format != "PNG" or "exif" in file.info
-        image = ImageOps.exif_transpose(file) if is_turned else file
+        image = file
+        # A PNG's EXIF counts where it stands before the pixels; odd EXIF says nothing.
+        if file.format != "PNG" or "exif" in file.info:
+            try:
+                image = ImageOps.exif_transpose(file)
+            except Exception:
+                image = file
         if image.mode.startswith("I"):  # 16 bits
             image = Image.fromarray(np.rint(np.asarray(image) / 257).astype("uint8"))
         if image.has_transparency_data:

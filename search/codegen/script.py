@@ -54,6 +54,7 @@ def script(
     dataset: DataSource,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     own_fit: bool = False,
+    is_pretrained: bool = False,
 ) -> str:
     """The whole script.
 
@@ -64,6 +65,8 @@ def script(
             epochs). A monitor `val_loss` becomes `loss`, since the script trains on all that is not
             test data. A callback that can't be written becomes a comment.
         own_fit: the space trains with a `fit` of its own, which can't be copied.
+        is_pretrained: the space says that it gives the model weights to begin with; else that is
+            only seen where they are not drawn, as biases are not.
 
     Raises:
         ValueError: if a part of the model, or the data set, can't be written as code; the message
@@ -76,7 +79,8 @@ def script(
     finally:
         keras.config.set_dtype_policy(policy)
     data = data_code(dataset)
-    main = _main(model, training, callbacks, own_fit=own_fit, has_weights=network.has_weights)
+    has_weights = is_pretrained or network.has_weights
+    main = _main(model, training, callbacks, own_fit=own_fit, has_weights=has_weights)
     code = [data.code, network.code, *([] if own_fit else [_BATCHES]), main]
     body = "\n\n\n".join([*code, 'if __name__ == "__main__":\n    main()\n'])
     head = [

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from search.data import fetching
 from search.data.formats import NPZ_KEYS, Arrays, Shape, is_utf8
@@ -46,6 +46,16 @@ LARGEST = 128  # pixels a side after resizing; a guess at what a search can affo
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # Pillow's modes of 16-bit grey
 _GREY = ("1", "L", "LA", "La", *_DEEP)
 _ORIENTATION = ExifTags.Base.Orientation
+# What EXIF's numbers ask for, 1 aside.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _VERSION = 1  # of what is made of an image: another one prepares all copies again
 _BATCH = 256  # images in memory at a time, decoded in parallel
 _LAYOUT = "DIR/train/CLASS/*.png (.jpg, .jpeg) and maybe DIR/test/CLASS/*, or DIR/CLASS/*"
@@ -93,7 +103,7 @@ def prepare(folder: Path) -> str:
                 meta = _intact(copy, files.fingerprint)  # another process may have made it
                 if meta is None:
                     logger.info("decoding the %d images of %s", num_images, folder.name)
-                    meta = _write(scratch / "new", files, shape, note)
+                    meta = _write(scratch / "new", folder.stat().st_mode, files, shape, note)
                     if copy.exists():
                         os.rename(copy, scratch / "old")
                     os.rename(scratch / "new", copy)
@@ -160,11 +170,13 @@ def read_image(path: Path, input_shape: Sequence[int], invert: bool = False) -> 
     """
     height, width, channels = input_shape
     with _quietly():
-        pixels = _decode(path, (height, width, channels))
+        pixels = _decode(path, (height, width, channels), ground=255 if invert else 0)
     return 255 - pixels if invert else pixels
 
 
 def _list(folder: Path) -> _Files:
+    if not is_utf8(str(folder)):  # as of classes, below
+        raise _refused(ascii(str(folder)), "its path is UTF-8", ascii(folder.name), "rename it")
     try:
         has_train = _has_train(folder)
         train = _images_by_class(folder / "train" if has_train else folder)
@@ -295,32 +307,38 @@ def _look(path: Path) -> tuple[int, int, bool]:
     """Height, width and whether it is in colour, by the file's header."""
     with _opened(path) as image:
         width, height = image.size
-        if _has_orientation(image) and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8):
+        if _orientation(image) in (5, 6, 7, 8):
             height, width = width, height  # a quarter turn
         return height, width, image.mode not in _GREY
 
 
-def _decode(path: Path, shape: Shape) -> np.ndarray:
+def _decode(path: Path, shape: Shape, ground: int = 0) -> np.ndarray:
+    """Args: ground: what lies behind transparent pixels, from 0 (black) to 255."""
     height, width, channels = shape
     with _opened(path) as image:
-        pixels: Image.Image = image
-        if _has_orientation(image):
-            pixels = ImageOps.exif_transpose(image)
+        turn = _TURNS.get(_orientation(image))
+        pixels: Image.Image = image if turn is None else image.transpose(turn)
         if pixels.mode in _DEEP:
             pixels = Image.fromarray(_to_8_bits(np.asarray(pixels)))
         if pixels.has_transparency_data:
             pixels = pixels.convert("RGBA")
-            black = Image.new("RGBA", pixels.size, (0, 0, 0, 255))
-            pixels = Image.alpha_composite(black, pixels)
+            behind = Image.new("RGBA", pixels.size, (ground, ground, ground, 255))
+            pixels = Image.alpha_composite(behind, pixels)
         pixels = pixels.convert("L" if channels == 1 else "RGB")
         if pixels.size != (width, height):
             pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(pixels).reshape(shape)
 
 
-def _has_orientation(image: Image.Image) -> bool:
-    # A PNG's EXIF may stand behind its pixels, where a look at the header does not come.
-    return image.format != "PNG" or "exif" in image.info
+def _orientation(image: Image.Image) -> int:
+    """How it is to be turned, as EXIF has it; 1 where that says nothing that could be read."""
+    # A PNG's may stand behind its pixels, where a look at the header does not come.
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever Pillow raises at odd metadata
+        return 1
 
 
 def _to_8_bits(levels: np.ndarray) -> np.ndarray:
@@ -351,8 +369,9 @@ def _in_parallel(function: Callable, paths: list[Path]) -> Iterator[Any]:
             yield from pool.map(function, paths[start : start + _BATCH])
 
 
-def _write(copy: Path, files: _Files, shape: Shape, note: str) -> dict[str, Any]:
-    copy.mkdir()
+def _write(copy: Path, mode: int, files: _Files, shape: Shape, note: str) -> dict[str, Any]:
+    """Args: mode: of the images' folder, whose readers may read the copy, and no others."""
+    copy.mkdir(0o700 | mode & 0o055)
     for part, images in files.parts.items():
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *shape)}
         # Written, not mapped: a full disk is then an error and no SIGBUS.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from search import folders
@@ -19,6 +21,18 @@ def with_weights(settings: Settings) -> tuple[Settings, dict[str, Any] | None]:
         ready = weights.ensure(settings.weights)
     known = {"reference": settings.weights, "sha256": ready.sha256, "label": ready.label}
     return dataclasses.replace(settings, weights=ready.path), known
+
+
+def has_changed(settings: Settings, run: Mapping[str, Any]) -> bool:
+    """Whether files of the user's, data or weights, are others now than those that a run (the
+    study's attribute) began with. Nothing is known of what is no more."""
+    found: dict[str, str] = {}
+    is_path = settings.dataset not in datasets.DATASETS and os.path.exists(settings.dataset)
+    if run["dataset"] and is_path:
+        found["dataset"] = described_data(settings.dataset)["sha256"]
+    if run["weights"] and settings.weights and os.path.isfile(settings.weights):
+        found["weights"] = weights.ensure(settings.weights).sha256
+    return any(run[name]["sha256"] != sha256 for name, sha256 in found.items())
 
 
 def described_data(reference: str) -> dict[str, Any]:

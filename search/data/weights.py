@@ -93,8 +93,8 @@ def _own(reference: str) -> Path:
 
 
 def _unusable(path: Path) -> str | None:
-    if not path.is_file():
-        return "is no file" if path.exists() else "is not there"
+    if not os.path.isfile(path):
+        return "is no file" if os.path.exists(path) else "is not there"
     if path.suffix not in ENDINGS:
         return "ends otherwise"
     try:

@@ -15,14 +15,13 @@ from search.report.page import Html, text
 from search.report.source import Run
 from search.results import duration, short, spread
 
-_WHY_NO_METRICS = {
-    "space": "The winners have not been retrained yet: there is no test accuracy. What is shown is "
-    "the state of the search when this page was written.",
-    "objective": "This study has an objective of its own: there is no model to retrain and no test "
-    "accuracy.",
-    "comparison": "Not all points have been trained yet: the test set is measured after that. What "
-    "is shown was there when this page was written.",
-}
+_NOT_MEASURED = (
+    "No model has been measured on the test set. What is shown was there when this page was "
+    "written."
+)
+_NO_MODEL = (
+    "This study has an objective of its own: there is no model to retrain and no test accuracy."
+)
 
 
 def parts(run: Run) -> list[Html]:
@@ -55,7 +54,10 @@ def _without_metrics(run: Run) -> list[Html]:
         remark = f"of trial {best.number}, so far the best{begun_from}"
         is_share = run.value_name == results.ACCURACY
         made.append(_big(best.value or 0.0, run.value_name, remark, as_share=is_share))
-    made += [page.note(_WHY_NO_METRICS[run.kind]), page.tiles(_costs(run))]
+    made += [
+        page.note(_NO_MODEL if run.kind == "objective" else _NOT_MEASURED),
+        page.tiles(_costs(run)),
+    ]
     if best and run.is_comparison:
         rows = [
             (
@@ -122,18 +124,16 @@ def _remarks(run: Run) -> Iterable[Html]:
         )  # fmt: skip
     random = [name_of(w, run) for w in run.winners if w["weights"] == RANDOM]
     if random:
+        published = (
+            ", where the published model begins from pretrained ones. The figures are not those of "
+            "the published method"
+        )
         yield page.note(
-            f"{', '.join(random)}: from random weights, where the published model begins from "
-            "pretrained ones. The figures are not those of the published method.", warns=True
-        )  # fmt: skip
+            f"{', '.join(random)}: from random weights{published if run.is_comparison else ''}.",
+            warns=True,
+        )
     for line in results.remarks(run.metrics):
         yield page.note(f"{line[0].upper()}{line[1:]}.", warns=True)
-    for winner in run.winners:
-        if winner["diverged"]:
-            yield page.note(
-                f"{name_of(winner, run)}: {len(winner['diverged'])} of its trainings diverged and "
-                "are not among the figures.", warns=True
-            )  # fmt: skip
 
 
 def _costs(run: Run) -> Iterable[tuple[str, Any, Any]]:

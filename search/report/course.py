@@ -5,9 +5,7 @@ Each figure is computed by one function, as plain values, and drawn by another.
 
 from __future__ import annotations
 
-import bisect
 import math
-import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -16,39 +14,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.report import theme
 from search.report.page import label
-from search.report.source import Run
-from search.results import attempts_of, end_of, short
+from search.report.source import Run, thinned
+from search.results import Clock, attempts_of, end_of, short
 
-MOST_CURVES = 300  # two thirds the best, the others drawn at random
-
-
-class Clock:
-    """Hours of searching: time in which no trial ran does not count.
-
-    Args:
-        trials: with the attempts that the coordinator stores.
-    """
-
-    def __init__(self, trials: Iterable[FrozenTrial]):
-        self._starts: list[float] = []  # of times without a pause
-        self._before: list[float] = []  # seconds counted before each
-        self._ends: list[float] = []
-        total = 0.0
-        times = sorted((a["start"], end_of(a)) for t in trials for a in attempts_of(t))
-        for start, end in times:
-            if not self._ends or start > self._ends[-1]:
-                self._starts.append(start)
-                self._before.append(total)
-                self._ends.append(start)
-            total += max(0.0, end - self._ends[-1])
-            self._ends[-1] = max(self._ends[-1], end)
-
-    def hours(self, time: float) -> float:
-        """Hours of searching before `time`, in seconds since 1970."""
-        at = bisect.bisect_right(self._starts, time) - 1
-        if at < 0:
-            return 0.0
-        return (self._before[at] + min(time, self._ends[at]) - self._starts[at]) / 3600
+MOST_CURVES = 300
 
 
 class Reached(NamedTuple):
@@ -153,13 +122,9 @@ def curves(run: Run) -> list[Curve]:
     """Every trial that reported; of very many, the best and a random draw of the others."""
     reported = [trial for trial in run.trials if trial.intermediate_values]
     ranked = sorted(reported, key=lambda t: (t.value is None, -(_last_value(t)), t.number))
-    if len(ranked) > MOST_CURVES:
-        num_best = MOST_CURVES * 2 // 3
-        others = random.Random(0).sample(ranked[num_best:], MOST_CURVES - num_best)
-        ranked = ranked[:num_best] + others
     per_report = run.epochs_per_report or 1.0
     made = []
-    for trial in ranked:
+    for trial in thinned(ranked, MOST_CURVES):
         steps = sorted(trial.intermediate_values)
         values = [float(f"{trial.intermediate_values[step]:.5g}") for step in steps]
         made.append(Curve(trial, [round(step * per_report, 3) for step in steps], values))

@@ -33,7 +33,7 @@ def draw(study: optuna.Study, folder: Path, question: str, seconds: float | None
 
             report.write(study, folder, path, question)
     except TimeoutError:
-        logger.info("%s takes longer than that: `fmnist-search report` draws what there is", path)
+        logger.info("%s takes longer than that: the command `report` draws what there is", path)
     except Interrupted:
         raise
     except Exception as error:

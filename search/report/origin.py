@@ -104,27 +104,10 @@ def again_parts(run: Run) -> list[Html]:
 
 def command(run: Run) -> str:
     """The command line that does the run again, with what it began with."""
-    started = run.started
-    described, told = started["described"], started["told"]
-    words = ["fmnist-search", "--study", started["file"] or run.name]
-    words += run_record.options(started)
-    if not run.is_comparison:
-        words += ["--trials", str(told["trials"])]
-    if told["workers"]:
-        words += ["--workers", str(told["workers"])]
-    for name in ("precision", *(() if run.is_comparison else ("sampler", "pruner"))):
-        if told[name]:
-            words += [f"--{name}", told[name]]
-    if run.metrics and not run.is_comparison:
-        words += ["--top", str(len(run.winners) + len(run.metrics.get("diverged", [])))]
-        final_epochs = told["final_epochs"]
-        if final_epochs not in (None, described.get("final_epochs")):
-            words += ["--final-epochs", f"{final_epochs:.15g}"]
-    if run.metrics:
-        words += [
-            "--seeds",
-            str(max(len(won["seeds"]) + len(won["diverged"]) for won in run.winners)),
-        ]
+    words = ["fmnist-search", "--study", run.started["file"] or run.name]
+    words += run_record.options(run.started)
+    if workers := run.started["told"]["workers"]:
+        words += ["--workers", str(workers)]
     return shlex.join(words)
 
 

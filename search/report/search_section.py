@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from search.report import course, page, space, timeline
+from search.report import course, page, source, space, timeline
 from search.report.page import Html
 from search.report.source import Run
 from search.results import short
@@ -79,26 +79,29 @@ def _course(run: Run) -> list[Html]:
             )
         )
     made = [page.columns(figures)] if figures else []
-    if drawn := course.curves(run):
+    if reported := sum(bool(trial.intermediate_values) for trial in run.trials):
         made.append(
             _plotted(
                 "Learning curves",
-                lambda: course.curves_figure(drawn, run),
+                lambda: course.curves_figure(course.curves(run), run),
                 "Red: the best trial. Blue: trials that ran to their end. Grey: pruned, failed or "
-                "still running. Pointing at a curve names its params." + _thinned(run, drawn),
+                "still running. Pointing at a curve names its params."
+                + source.left_out(reported, course.MOST_CURVES, "curves"),
                 height=420,
             )
         )
     if attempts := timeline.attempts(run.trials):
         lanes = len({attempt.lane for attempt in attempts})
-        died, cut = (sum(a.end == end for a in attempts) for end in ("died", "interrupted"))
+        ends = ("died", "interrupted", "running")
+        died, cut, running = (sum(a.end == end for a in attempts) for end in ends)
         made.append(
             _plotted(
                 "What the workers did",
                 lambda: timeline.timeline_figure(attempts),
-                f"{len(attempts):,} attempts, at most {lanes} at a time; {died} died with their "
-                f"worker, {cut} were cut off as the search itself ended. Times without "
-                "any are left out.",
+                f"{len(attempts):,} attempts, at most {timeline.most_at_once(attempts)} at a time; "
+                f"{died} died with their worker, {cut} were cut off as the search itself ended, "
+                f"{running} had not ended when this page was written. Times without any are left "
+                "out.",
                 height=140 + 34 * lanes,
             )
         )
@@ -109,7 +112,7 @@ def _space(run: Run) -> list[Html]:
     trials, report = space.compared(run.trials)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if len(complete) < 2:
-        return [page.note("Fewer than two trials have ended: no params can be compared yet.")]
+        return [page.note("Fewer than two trials have a value: no params can be compared yet.")]
     study = space.snapshot(trials)
     ranked = _importances(study)
     params = space.chosen_params(study, list(ranked))
@@ -147,6 +150,7 @@ def _space(run: Run) -> list[Html]:
     drawn = study
     if len(complete) > space.MOST_DRAWN:
         drawn = space.snapshot(trials, space.MOST_DRAWN)
+    left_out = source.left_out(len(complete), space.MOST_DRAWN, "trials")
     two = space.pair(drawn, list(ranked))
     if len(two) == 2:
         made.append(
@@ -154,7 +158,7 @@ def _space(run: Run) -> list[Html]:
                 "The two most important together",
                 lambda: space.contour_figure(drawn, two, value_name),
                 f"Colour: {value_name}, interpolated between the trials (dots) that have both."
-                + _left_out(len(complete)),
+                + left_out,
                 height=360,
             )
         )
@@ -163,8 +167,7 @@ def _space(run: Run) -> list[Html]:
         _plotted(
             "Parallel coordinates",
             lambda: space.parallel_figure(drawn, params, run.value_name.rpartition(" ")[2]),
-            f"A line is a trial, the stronger the better. {_chosen(complete, params)}"
-            + _left_out(len(complete)),
+            f"A line is a trial, the stronger the better. {_chosen(complete, params)}" + left_out,
             height=380,
             least_width=110 * (len(params) + 1),
         )
@@ -172,7 +175,7 @@ def _space(run: Run) -> list[Html]:
     sliced = list(ranked)[: space.MOST_PARAMS] or params
     order = ", the most important first" if ranked else ""
     caption = f"Each hyperparameter against {value_name}{order}."
-    made.append(page.heading("Slices", caption + _left_out(len(complete))))
+    made.append(page.heading("Slices", caption + left_out))
     slices = [
         _plotted(
             html.unescape(name),  # the snapshot's names are escaped
@@ -214,25 +217,4 @@ def _chosen(complete: Sequence[FrozenTrial], params: list[str]) -> str:
     return (
         f"{len(params)} of {len(names)} hyperparameters: those that differ, that most trials have, "
         "and that matter most. None: a trial without it."
-    )
-
-
-def _thinned(run: Run, drawn: list[course.Curve]) -> str:
-    reported = sum(bool(trial.intermediate_values) for trial in run.trials)
-    if reported == len(drawn):
-        return ""
-    best = len(drawn) * 2 // 3
-    return (
-        f" Of {reported:,} curves the best {best} are drawn, and {len(drawn) - best} others, "
-        "chosen at random."
-    )
-
-
-def _left_out(num_complete: int) -> str:
-    most = space.MOST_DRAWN
-    if num_complete <= most:
-        return ""
-    return (
-        f" Of {num_complete:,} trials the best {most * 2 // 3} are drawn, and "
-        f"{most - most * 2 // 3} others, chosen at random."
     )

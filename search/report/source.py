@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import optuna
@@ -26,6 +27,7 @@ from search.errors import EXIT_NOTHING_USABLE, SearchError
 
 NAME = "report.html"
 Winner = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,35 @@ def read(study: optuna.Study, folder: Path, question: str = "") -> Run:
             f"the run of {study.study_name!r} in {folder} has not begun: there is nothing to show",
             exit_code=EXIT_NOTHING_USABLE,
         )
+    trials = study.get_trials(deepcopy=False)
     return Run(
         study.study_name,
         question,
         folder,
         started,
-        study.get_trials(deepcopy=False),
+        trials,
         _metrics(folder, study.study_name),
-        results.search_seconds(study),
+        results.Clock(trials).seconds,
         results.saved_share(study),
+    )
+
+
+def thinned(ranked: Sequence[T], most: int) -> list[T]:
+    """Of more than `most` the first two thirds of so many, and a random draw of the others."""
+    if len(ranked) <= most:
+        return list(ranked)
+    num_best = most * 2 // 3
+    return [*ranked[:num_best], *random.Random(0).sample(ranked[num_best:], most - num_best)]
+
+
+def left_out(num: int, most: int, what: str) -> str:
+    """What `thinned` has done to so many, as a sentence; empty where it left none out."""
+    if num <= most:
+        return ""
+    num_best = most * 2 // 3
+    others = most - num_best
+    return (
+        f" Of {num:,} {what} the best {num_best} are drawn, and {others} others, chosen at random."
     )
 
 

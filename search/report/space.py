@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.report import theme
 from search.report.page import label
+from search.report.source import thinned
 from search.results import short
 
 LEAST_COMPLETE = 8  # for importances: a guess, below which they are noise
@@ -127,15 +127,11 @@ def snapshot(trials: Sequence[FrozenTrial], most: int | None = None) -> optuna.S
     Names and categories are escaped, since plotly.js reads some HTML in them.
 
     Args:
-        most: complete trials, the best two thirds and a random draw of the others; those left out
-            stand in as failed.
+        most: complete trials, as `source.thinned` leaves them; those left out stand in as failed.
     """
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    kept = {trial.number for trial in complete}
-    if most is not None and len(complete) > most:
-        ranked = sorted(complete, key=lambda trial: -(trial.value or 0.0))
-        others = random.Random(0).sample(ranked[most * 2 // 3 :], most - most * 2 // 3)
-        kept = {trial.number for trial in ranked[: most * 2 // 3] + others}
+    ranked = sorted(complete, key=lambda trial: -(trial.value or 0.0))
+    kept = {trial.number for trial in thinned(ranked, most or len(ranked))}
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

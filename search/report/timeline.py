@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,9 +11,9 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial
 
 from search.report import theme
-from search.report.course import Clock, unit_of
+from search.report.course import unit_of
 from search.report.page import label
-from search.results import attempts_of, end_of
+from search.results import Clock, attempts_of, end_of
 
 _FINISHED_OTHERWISE = ("diverged", "out_of_memory", "invalid", "error")
 _SEARCH_ENDED = "coordinator ended"  # search/trial.py
@@ -23,8 +24,7 @@ _ENDS = {
     "failed": ("diverged or failed", theme.AMBER),
     "died": ("died", theme.RED),
     "interrupted": ("the search ended", theme.VIOLET),
-    "paused": ("waited for others", theme.GREY),
-    "running": ("running", theme.TEAL),
+    "running": ("not ended yet", theme.TEAL),  # also where nobody trains it any more
 }
 
 
@@ -62,12 +62,21 @@ def attempts(trials: Sequence[FrozenTrial]) -> list[Attempt]:
         lanes[lane : lane + 1] = [end]
         reason = attempt.get("reason", "")
         kind = "running" if is_running else _kind(reason, has_ended_it)
-        words = f"trial {number}, attempt {attempt.get('attempt', 1)}: {reason or 'running'}"
+        words = f"trial {number}, attempt {attempt.get('attempt', 1)}: {reason or 'not ended yet'}"
         begun = clock.hours(start)
         made.append(
             Attempt(f"{place} ({lane + 1})", begun, max(0.0, clock.hours(end) - begun), kind, words)
         )
     return made
+
+
+def most_at_once(made: Sequence[Attempt]) -> int:
+    """How many ran side by side, at most. There may be more lanes: a search that went on with other
+    devices, or on a host of another name, has new ones."""
+    # One of which nothing has been heard yet has no length.
+    ends = [(a.start + max(a.hours, 1e-9), -1) for a in made]
+    changes = sorted([(a.start, 1) for a in made] + ends)
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
 def timeline_figure(made: Sequence[Attempt]) -> go.Figure:
@@ -100,7 +109,7 @@ def timeline_figure(made: Sequence[Attempt]) -> go.Figure:
 
 def _kind(reason: str, has_ended_it: bool) -> str:
     """How an attempt ended; one after which the trial ran again, for whatever reason, has died."""
-    if reason in ("complete", "pruned", "paused"):
+    if reason in ("complete", "pruned"):
         return reason
     if reason == _SEARCH_ENDED:
         return "interrupted"

@@ -185,7 +185,7 @@ def _learned(pictures: Mapping[str, np.ndarray]) -> list[Html]:
     if not pictures:
         return []
     if "filters" not in pictures:
-        return [page.note("This model has no convolution, so there are no filters to show.")]
+        return [page.note("No filters of a Conv2D layer could be read from this model.")]
     num_filters, height, width = int(pictures["num_filters"]), *pictures["filters"].shape[:2]
     shown = pictures["filters"].shape[-1]
     of = f"The first {shown} of {num_filters}" if shown < num_filters else f"All {shown}"

@@ -53,10 +53,14 @@ class SqliteFile(Database):
         return lock(self.path.with_name(f".{self.path.name}.{study_name}.lock"))
 
     def settle(self, engine: sqlalchemy.Engine) -> None:
-        with (
-            engine.connect() as connection
-        ):  # with synchronous=NORMAL a commit alone is not flushed
-            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        # With synchronous=NORMAL a commit alone is not flushed.
+        with engine.connect() as connection:
+            is_busy, *_ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+        if is_busy:
+            raise SearchError(
+                f"{self.path} is being read by another process, so what was written is not safe on "
+                "the disk yet: end that and type the same command"
+            )
 
     def snapshots(self) -> Snapshots:
         from search.storage.snapshots import Snapshots

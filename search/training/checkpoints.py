@@ -16,7 +16,7 @@ import logging
 import re
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,11 @@ class Checkpoints(keras.callbacks.Callback):
     Args:
         path: of the file, `.npz`; replaced atomically.
         identity: what must be equal for a checkpoint to be this training's, ready for JSON.
-        pauses: whether the training ends to go on later, asked after each report.
     """
 
-    def __init__(
-        self, path: Path, identity: dict[str, Any], pauses: Callable[[], bool] = lambda: False
-    ):
+    def __init__(self, path: Path, identity: dict[str, Any]):
         super().__init__()
         self._path = path
-        self._pauses = pauses
         self._identity = json.dumps(identity, sort_keys=True, default=str)
         self._others: Sequence[keras.callbacks.Callback] = ()
         self._is_whole = True  # whether what is kept is all that there is
@@ -99,8 +95,9 @@ class Checkpoints(keras.callbacks.Callback):
         self._found = None
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        is_due = time.monotonic() - self._saved >= self._cost / SHARE
-        if not self._is_whole or not (self._pauses() or (is_due and not self.model.stop_training)):
+        if self.model.stop_training or time.monotonic() - self._saved < self._cost / SHARE:
+            return
+        if not self._is_whole:
             return
         began = time.monotonic()
         try:

@@ -94,7 +94,7 @@ class Space:
         """Those that the space brings: a method `callbacks(hp)`, patience in epochs. They will be
         changed to count reports, so they are copies of what the space may keep; the very same only
         where its own fit may use them."""
-        own = self._space.callbacks(hp) if hasattr(self._space, "callbacks") else []
+        own = (self._space.callbacks(hp) if hasattr(self._space, "callbacks") else None) or []
         return own if trains_itself(self._space) else [copy.copy(callback) for callback in own]
 
     def epochs(self, hp: keras_tuner.HyperParameters) -> float:

@@ -7,7 +7,8 @@ decides a value, so it is the one method that is overridden.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import keras_tuner
@@ -101,15 +102,22 @@ def distribution(hyperparameter: Any) -> tuple[str, dict[str, Any]]:
     return "float", {"low": hp.min_value, "high": high, "step": hp.step, "log": False}
 
 
-def describe(hyperparameters: keras_tuner.HyperParameters) -> list[dict[str, Any]]:
-    """The space that a build has read: name, kind, range and conditions of each, ready for JSON.
+def describe(
+    default: keras_tuner.HyperParameters, build: Callable[[keras_tuner.HyperParameters], Any]
+) -> list[dict[str, Any]]:
+    """The space: name, kind, range and conditions of each hyperparameter, ready for JSON.
+
+    Args:
+        default: what a build at the default point has read.
+        build: makes a model of another one. It is called once for each conditional scope in which
+            the default point has registered nothing.
 
     Raises:
         ValueError: for what Optuna can't express; it says what to write instead.
     """
     described: dict[tuple[str, str], dict[str, Any]] = {}
     fixed: dict[str, Any] = {}  # of each name, what Optuna has to be the same in all of a study
-    for hp in hyperparameters.space:
+    for hp in (*default.space, *_other_branches(default, build)):
         kind, arguments = distribution(hp)
         now = arguments["choices"] if kind == "categorical" else [kind, arguments["log"]]
         if (before := fixed.setdefault(hp.name, now)) != now:
@@ -118,13 +126,43 @@ def describe(hyperparameters: keras_tuner.HyperParameters) -> list[dict[str, Any
                 f"is {before} in one branch and {now} in another. Give it a name of its own in each"
             )
         conditions = [condition.get_config() for condition in hp.conditions]
-        described[hp.name, str(conditions)] = {
-            "name": hp.name,
-            "kind": kind,
-            **arguments,
-            "when": conditions,
-        }
+        range_ = {"name": hp.name, "kind": kind, **arguments, "when": conditions}
+        described.setdefault((hp.name, str(conditions)), range_)
     return list(described.values())
+
+
+def _other_branches(
+    default: keras_tuner.HyperParameters, build: Callable[[keras_tuner.HyperParameters], Any]
+) -> Iterator[Any]:
+    """What is registered elsewhere only: a space may ask inside an `if` for what has a meaning in
+    one branch, as KerasTuner's documentation does."""
+    left = _elsewhere(default)
+    entered: list[dict[str, Any]] = []
+    while left:
+        if (values := left.pop()) in entered:
+            continue
+        entered.append(values)
+        point = keras_tuner.HyperParameters()
+        point.values = dict(values)
+        with suppress(Exception):  # a point that can't be built may still have registered some
+            build(point)
+        yield from point.space
+        left += _elsewhere(point)
+
+
+def _elsewhere(point: keras_tuner.HyperParameters) -> list[dict[str, Any]]:
+    """What leads into the conditional scopes that the point has not entered, and in which nothing
+    was registered: a value for each of their conditions."""
+    filled = [hp.conditions for hp in point.space]
+    choices = {hp.name: hp.values for hp in point.space if isinstance(hp, kt.Choice)}
+    return [
+        {
+            of.name: next((v for v in of.values if v in choices.get(of.name, of.values)), None)
+            for of in scope
+        }
+        for scope in point.inactive_scopes
+        if scope not in filled
+    ]
 
 
 def _check_value(hyperparameter: Any, value: Any) -> None:

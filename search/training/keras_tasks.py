@@ -52,7 +52,8 @@ class KerasTasks(Objective):
             progress = training.Progress(tell, num_reports, len(chosen))
             guards = [progress, keras.callbacks.TerminateOnNaN()]
             self._let_fit(space, hp, model, self._data.arrays(chosen), num_reports, guards)
-            trained: float = len(progress.history.get("loss", [])) or num_reports
+            num_reports = len(progress.history.get("loss", [])) or num_reports
+            trained: float = num_reports
             hp.check_all_read()
             if validated:
                 figures = training.measured(model, self._data.arrays(self._data.at.val))
@@ -199,6 +200,7 @@ class KerasTasks(Objective):
             ),
             callbacks=callbacks,
             own_fit=own_fit,
+            is_pretrained=space.is_pretrained(hp),
         )
         return {"outcome": "complete", "text": text}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import traceback
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from search.training.hypermodel import (
 from search.training.hyperparameters import ReplayedHyperParameters, TrialHyperParameters, describe
 from search.training.training_data import Arrays, TrainingData
 from search.workers.protocol import Draft, Message, RemoteTrial, TrialEnded
-from search.workers.slots import PAUSED
 from studies.study import Study
 
 
@@ -72,7 +70,7 @@ class Objective:
         hp = keras_tuner.HyperParameters()
         space = self._space(self._search_images)
         model = space.build(hp)
-        described = describe(hp)
+        described = describe(hp, space.build)
         check_can_be_loaded(model)
         if self._settings["precision"] == "auto" and not ends_in_float32(model):
             # A space that wasn't written for mixed precision ends in bfloat16, which has so few
@@ -138,7 +136,7 @@ class Objective:
         if report.diverged:
             return {"outcome": "diverged", "reason": report.diverged}
         if report.pruned:
-            return {"outcome": PAUSED if trial.pauses else "pruned"}
+            return {"outcome": "pruned"}
         if value is None:
             value = training.accuracy(model, self._data.arrays(self._data.at.val))
         if not math.isfinite(value):
@@ -196,9 +194,7 @@ class Objective:
                 plan,
                 validation_data=self._data.rows(feed.inputs, self._data.at.monitor),
                 callbacks=[*space.callbacks(hp), best_weights, report],
-                checkpoints=self._checkpoints(
-                    message, hp, plan, feed.inputs, pauses=lambda: trial.pauses
-                ),
+                checkpoints=self._checkpoints(message, hp, plan, feed.inputs),
                 on_resume=trial.resume,
             )
             if report.diverged or report.pruned:
@@ -217,7 +213,6 @@ class Objective:
         hp: keras_tuner.HyperParameters,
         plan: training.Plan,
         inputs: np.ndarray,
-        pauses: Callable[[], bool] = lambda: False,
     ) -> Checkpoints | None:
         """Of the training that a message asks for, where it says in which file; on these inputs."""
         if not message.get("checkpoint"):
@@ -232,7 +227,7 @@ class Objective:
             "weights": self._settings["weights"],
             "inputs": str(inputs.dtype),
         }
-        return Checkpoints(Path(message["checkpoint"]), identity, pauses)
+        return Checkpoints(Path(message["checkpoint"]), identity)
 
     def _let_fit(
         self,

@@ -264,9 +264,8 @@ class Report(keras.callbacks.Callback):
             validation_seconds=self.validation_seconds,
         )
         self._began = time.monotonic()
-        # Of one that goes on after a pause, a checkpoint said that it was to end.
-        self.pruned = self._trial.should_prune()
-        if self.pruned:
+        if self._trial.should_prune():
+            self.pruned = True
             self.model.stop_training = True
 
 

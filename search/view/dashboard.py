@@ -105,7 +105,7 @@ def _serve(
     address = f"http://{HOST}:{server.server_port}/dashboard/studies/{study._study_id}"
     taken = "" if server.server_port == port else f"port {port} is taken; "
     say(f"{taken}{study.study_name!r} is shown at {address} (read only; Ctrl-C ends it)")
-    if browser and _has_browser():
+    if browser and has_browser():
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
     server.serve_forever()
 
@@ -148,7 +148,7 @@ def _be_quiet() -> None:
     log.propagate = False
 
 
-def _has_browser() -> bool:
+def has_browser() -> bool:
     """Not on a server: there Python would start a browser for text, on top of this terminal."""
     if sys.platform == "darwin":
         return True

@@ -97,9 +97,9 @@ def print_trial(study: optuna.Study, trial: dict[str, Any]) -> None:
         _console.print(_attempts(trial["attempts"]))
     series = {name: [report.get(name) for report in trial["reports"]] for name in _CURVES}
     names = {name: label for name, label in _CURVES.items() if any(series[name])}
-    if plot := textplot.curves(
-        {names[name]: series[name] for name in names}, width=min(_console.width, 80)
-    ):
+    steps = [report["report"] for report in trial["reports"]]
+    shown = {label: series[name] for name, label in names.items()}
+    if plot := textplot.curves(shown, steps, width=min(_console.width, 80)):
         _console.print("\nlearning curve", style="bold")
         for row in plot:
             _console.print(Text(row), no_wrap=True)
@@ -119,8 +119,13 @@ def to_json(content: Any) -> str:
     return json.dumps(_finite(content), indent=2)
 
 
-def print_outcome(outcome: Outcome, same_run: str) -> None:
-    """What has been reached, and the commands that go on from there (`same_run`: their options)."""
+def print_outcome(outcome: Outcome, same_run: str, same_folder: str) -> None:
+    """What has been reached, and the commands that go on from there.
+
+    Args:
+        same_run: their options.
+        same_folder: the options of one that needs no study, but the run's folder.
+    """
     settings = outcome.settings
     what = "points compared" if settings.kind == "comparison" else "trials finished"
     _console.print(
@@ -138,12 +143,11 @@ def print_outcome(outcome: Outcome, same_run: str) -> None:
     report = outcome.folder / "report.html"
     if report.is_file():
         _say(f"report: {report}")
-    can_predict = outcome.metrics and "--storage" not in same_run  # its images need no study
     _console.print("Next:", style="bold")
     for command in (
         f"fmnist-search show {same_run}",
         f"fmnist-search export {same_run}",
-        *([f"fmnist-search predict {same_run} IMAGE.png"] if can_predict else []),
+        *([f"fmnist-search predict {same_folder} IMAGE.png"] if outcome.metrics else []),
         f"fmnist-search dashboard {same_run}",
     ):
         _say(f"  {command}")
@@ -162,6 +166,8 @@ def print_reproduced(figures: dict[str, Any], folder: Path) -> None:
         )
     table.add_row("seeds", str(len(winner["seeds"])), str(len(config["training"]["seeds"])), "")
     _console.print(table)
+    for line in results.remarks(figures):
+        _say(line)
     _say(f"models and metrics.json in {folder}")
 
 
@@ -191,7 +197,8 @@ def print_classified(rows: list[Classified]) -> None:
     for row in rows:
         (name, confidence), *others = row.classes[:3]
         rest = ", ".join(f"{other} {share:.1%}" for other, share in others)
-        table.add_row(escape(row.image), escape(name), f"{confidence:.1%}", escape(rest))
+        image = row.image.encode(errors="replace").decode()  # a name may be no UTF-8
+        table.add_row(escape(image), escape(name), f"{confidence:.1%}", escape(rest))
     _console.print(table)
 
 
@@ -267,8 +274,8 @@ def _print_compared(figures: dict[str, Any]) -> None:
         _console.print(published)
     for line in results.remarks(figures):
         _say(line)
-    seconds = figures["search"]["seconds"]
-    _console.print(f"trained in {results.duration(seconds)}")
+    seconds = results.duration(figures["search"]["seconds"])
+    _console.print(f"trained in {seconds}, all trainings added up")
 
 
 def _print_pairs(heading: str, pairs: dict[str, Any]) -> None:
@@ -285,7 +292,7 @@ def _print_pairs(heading: str, pairs: dict[str, Any]) -> None:
 def _attempts(attempts: list[dict[str, Any]]) -> Table:
     table = _table("attempt", "host", "device", "process", "began", "ended", "how")
     for number, attempt in enumerate(attempts, 1):
-        how = filter(None, [attempt.get("reason", "runs"), _first(attempt.get("detail"))])
+        how = filter(None, [attempt.get("reason", "not ended yet"), _first(attempt.get("detail"))])
         table.add_row(
             str(number),
             *(escape(str(attempt.get(name, ""))) for name in ("host", "device", "process")),

@@ -43,7 +43,6 @@ class Picture:
     bests: list[float] = field(default_factory=list)  # the best value after each finished trial
     finished: list[Finished] = field(default_factory=list)
     saved: float = 0.0  # share of the training that pruning saved
-    num_paused: int = 0  # trials that wait for others
     deadline: float = math.inf  # monotonic seconds, of a time budget
     events: deque[str] = field(default_factory=lambda: deque(maxlen=NUM_EVENTS))
 
@@ -78,20 +77,15 @@ def seconds_left(picture: Picture, slots: Sequence[Slot]) -> float | None:
         if slot.task is not None and slot.task.trial not in told
     ]
     waiting = picture.goal - sum(picture.counts.values()) - len(running)
-    # Before the first trials are decided on nobody knows how many will go on.
-    left = (
-        None
-        if picture.num_paused
-        else time_left(
-            picture.finished,
-            running,
-            num_waiting=max(0, waiting),
-            num_workers=len(slots),
-            num_reports=picture.num_reports,
-        )
+    left = time_left(
+        picture.finished,
+        running,
+        num_waiting=max(0, waiting),
+        num_workers=len(slots),
+        num_reports=picture.num_reports,
     )
     if left is None:
-        return None if picture.deadline == math.inf else picture.deadline - now
+        return None if picture.deadline == math.inf else max(0.0, picture.deadline - now)
     return max(0.0, min(left, picture.deadline - now))
 
 

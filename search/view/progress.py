@@ -66,7 +66,8 @@ class View:
         traceback: TracebackType | None,
     ) -> None:
         if self._is_live:
-            self._live.stop()
+            with suppress(OSError):  # as below
+                self._live.stop()
         for handler in self._handlers:
             logger.removeHandler(handler)
             handler.close()
@@ -93,10 +94,6 @@ class View:
     def ends_at(self, deadline: float) -> None:
         """This part ends then, done or not; monotonic seconds."""
         self._picture.deadline = deadline
-
-    def waits(self, number: int) -> None:
-        """So many trials have begun and wait for others."""
-        self._picture.num_paused = number
 
     def saves(self, share: float) -> None:
         """What pruning has saved of the training until now, 0 to 1."""
@@ -135,6 +132,14 @@ class View:
             self._draw()
 
     def _draw(self) -> None:
+        try:
+            self._draw_frame()
+        except OSError:  # the terminal is gone: the log file has all lines
+            self._is_live = False
+            with suppress(OSError):
+                self._live.stop()
+
+    def _draw_frame(self) -> None:
         self._drawn = time.monotonic()
         if self.console.size != self._size:
             self._size = self.console.size

@@ -32,12 +32,17 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def curves(
-    series: Mapping[str, Sequence[float | None]], *, width: int, height: int = 10
+    series: Mapping[str, Sequence[float | None]],
+    steps: Sequence[int],
+    *,
+    width: int,
+    height: int = 10,
 ) -> list[str]:
     """Lines of a plot: one position for each report, from the left; the first curve on top.
 
     Args:
-        series: values by name, report 1 first; None or not finite where there is none.
+        series: values by name, the first report first; None or not finite where there is none.
+        steps: of the reports.
         width: characters of the whole, the axis included.
         height: lines of the curves, at least 2.
 
@@ -65,7 +70,9 @@ def curves(
         f"{side:>{margin}} ┤{''.join(row)}".rstrip()
         for side, row in zip(sides, canvas, strict=True)
     ]
-    ends = f"1{'report':^{max(0, columns - 1 - len(str(num_steps)))}}{num_steps}"
+    first, last = str(steps[0]), str(steps[-1])
+    between = max(1, columns - len(first) - len(last))
+    ends = f"{first}{'report' if between >= 8 else '':^{between}}{last}"
     legend = "   ".join(f"{mark} {name}" for mark, name in zip(MARKERS, series, strict=False))
     return [*lines, f"{'':{margin}}  {ends}", f"{'':{margin}}  {legend}"]
 

@@ -63,7 +63,12 @@ def tell(study: optuna.Study, jobs: list[Job]) -> list[int]:
 def _trial(jobs: list[Job], points: list[dict[str, Any]]) -> optuna.trial.FrozenTrial:
     trained = [job.record for job in jobs if "model" in job.record]
     attempts = [
-        {"start": record["start"], "end": record["start"] + record["seconds"]} for record in trained
+        {
+            "start": record["start"],
+            "end": record["start"] + record["seconds"],
+            "reason": "complete",
+        }
+        for record in trained
     ]
     attrs: dict[str, Any] = {"attempts": attempts, "seeds": len(trained)}
     curve: dict[int, float] = {}

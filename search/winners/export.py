@@ -7,7 +7,8 @@ metrics.json, schema 1:
     weights {reference, sha256, label} of pretrained ones, or None,
     training {precision, images_per_report, batch_size (where the space has none), average_weights,
         sampler, pruner, study_seed},
-    search {trials, complete, pruned, fail, seconds, saved_share, value_name},
+    search {trials, complete, pruned, fail, seconds (in which at least one trial ran; of a
+        comparison those of all trainings, added up), saved_share, value_name},
     provenance {versions, backend, commit (None for an installed copy), hardware},
     winners: [{trial, params, validation_accuracy (or whatever the space's own `fit` returned, which
         search.value_name then calls "value"), epochs (trained), schedule_epochs (its learning
@@ -60,6 +61,9 @@ def metrics(
     """
     trials = study.get_trials(deepcopy=False)
     run = study.user_attrs["run"]
+    seconds = results.Clock(trials).seconds
+    if settings.kind == "comparison":  # whose trials know only of the seeds that they began with
+        seconds = sum(job.record.get("seconds", 0.0) for job in jobs)
     return {
         "schema": 1,
         **subject(settings, run),
@@ -69,7 +73,7 @@ def metrics(
                 state: sum(trial.state.name.lower() == state for trial in trials)
                 for state in ("complete", "pruned", "fail")
             },
-            "seconds": round(results.search_seconds(study), 1),
+            "seconds": round(seconds, 1),
             "saved_share": round(results.saved_share(study), 4),
             "value_name": results.value_name(run),
         },
@@ -209,11 +213,12 @@ def script(study: optuna.Study, trial: FrozenTrial, file: Path, options: dict[st
     settings = resolve(run["described"], str(file), options)
     job = new_job(trial, 0, settings, run["num_reports"])
     record = study.user_attrs.get(job.key, job.record)
-    value = "" if _value(trial) is None else f", validation accuracy {trial.value:.4f}"
+    value = _value(trial)
+    said = "" if value is None else f", {results.value_name(run)} {results.decimal(value)}"
     data = {name: run["dataset"][name] for name in ("name", "reference", "input_shape")}
     task = {
         "task": "script",
-        "title": f"Trial {trial.number} of study {study.study_name}{value}",
+        "title": f"Trial {trial.number} of study {study.study_name}{said}",
         "params": trial.params,
         "seed": job.seed,
         "epochs": record["epochs"],

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import FrozenTrial
 
-from search import folders, results, signals
+from search import results, signals
 from search.data import verified
 from search.errors import EXIT_USAGE, SearchError
 from search.sampling import seed_for
@@ -86,28 +86,23 @@ def repeat(
     if precision := run["told"]["precision"]:  # of the search; winners may have had another
         options = {**options, "precision": precision}
     settings = resolve(run["described"], str(file), options)
-    settings, _ = verified.with_weights(
-        dataclasses.replace(settings, folder=str(folder.absolute()))
-    )
-    if data := run["dataset"]:
-        now = verified.described_data(settings.dataset)
-        if now["sha256"] != data["sha256"]:
-            raise SearchError(
-                f"{settings.dataset} has other data than the trial was trained on (SHA-256 "
-                f"{now['sha256'][:12]}, then {data['sha256'][:12]}): put them back as they were",
-                exit_code=EXIT_USAGE,
-            )
+    settings = dataclasses.replace(settings, folder=str(folder.absolute()))
+    with signals.interruptible(None):
+        settings, _ = verified.with_weights(settings)
+        now = verified.described_data(settings.dataset) if run["dataset"] else {}
+    if (data := run["dataset"]) and now["sha256"] != data["sha256"]:
+        raise SearchError(
+            f"{settings.dataset} has other data than the trial was trained on (SHA-256 "
+            f"{now['sha256'][:12]}, then {data['sha256'][:12]}): put them back as they were",
+            exit_code=EXIT_USAGE,
+        )
     opening = {"type": "open", "file": str(file)}
     pool = Pool(LocalEngine(folder / "logs"), [_device(trial, run)], opening)
     with signals.ending(pool), pool:
         pool.wait_for_description()
         pool.prepare(dataclasses.asdict(settings))
         num_monitored = pool.wait_for_space().get("num_monitored")
-        try:
-            repeated = _again(pool, trial, settings, view)
-            return repeated._replace(num_monitored=num_monitored)
-        finally:
-            folders.remove_scratch(folder)
+        return _again(pool, trial, settings, view)._replace(num_monitored=num_monitored)
 
 
 def _device(trial: FrozenTrial, run: dict[str, Any]) -> Device:

@@ -137,7 +137,8 @@ def _train(
         folder=str(folder.absolute()),
         checkpoints=str(folder.absolute() / folders.CHECKPOINTS),
     )
-    dataset = verified.described_data(settings.dataset)
+    with signals.interruptible(None):
+        dataset = verified.described_data(settings.dataset)
     if dataset["sha256"] != config["dataset"]["sha256"]:
         logger.warning(
             "%s is not the data that the config was measured on (%s): the figures are of "
@@ -145,7 +146,8 @@ def _train(
             settings.dataset,
             config["dataset"]["name"],
         )
-    settings, pretrained = verified.with_weights(settings)
+    with signals.interruptible(None):
+        settings, pretrained = verified.with_weights(settings)
     if (was := config.get("weights")) and pretrained and pretrained["sha256"] != was["sha256"]:
         logger.warning(
             "the config was measured with %s and not with %s: the figures are of different "

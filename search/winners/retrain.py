@@ -80,13 +80,13 @@ def jobs_of(study: optuna.Study, settings: Settings) -> list[Job]:
     if not winners:
         raise SearchError(
             f"no trial of {settings.name!r} is complete: nothing can be retrained. "
-            "`fmnist-search show` says why; a longer --time-budget, more --trials or another space "
+            f"{results.SHOW} says why; a longer --time-budget, more --trials or another space "
             "may help",
             exit_code=EXIT_NOTHING_USABLE,
         )
     if len(winners) < settings.top:
         logger.warning(
-            "--top %d: no more than %d %s complete, the others were pruned on the way",
+            "--top %d: no more than %d %s complete",
             settings.top,
             len(winners),
             "trial is" if len(winners) == 1 else "trials are",
@@ -280,8 +280,7 @@ class Retraining:
             if checkpoint := self._checkpoint(job):  # not before it is written down that it is done
                 with suppress(OSError):  # the run's end removes what is left
                     Path(checkpoint).unlink()
-            reports = slot.status.get("of") or 0
-            self._view.finished("complete", job.trial, None, reports=reports, seconds=seconds)
+            self._view.finished("complete", job.trial, None, seconds=seconds)
 
     def _lost(self, job: Job, how: str, kind: str, attempts: int) -> None:
         """It runs again, alone if it ran out of memory; raises SearchError if that was its last."""

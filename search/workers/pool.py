@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from search.errors import Interrupted, SearchError
+from search.errors import EXIT_USAGE, Interrupted, SearchError
 from search.workers.devices import Device, share_out
 from search.workers.engine import Engine
 from search.workers.local import LocalEngine
@@ -102,13 +102,18 @@ class Pool:
         self._selector = selectors.DefaultSelector()
         self._listened = time.monotonic()  # when it was last seen what the workers said
         self._looked = self._listened  # when it was last seen whether they live
+        self._has_given = False  # any task
         self.interrupted = 0  # the number of the signal that asked the run to end
         self.described: Message | None = None  # what the study says of itself
         self.space: Message | None = None  # space and known points, from the first ready worker
 
     def __enter__(self) -> Pool:
-        for slot in self.slots:
-            self._start(slot)
+        try:
+            for slot in self.slots:
+                self._start(slot)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -167,6 +172,7 @@ class Pool:
                 self._restart(other)
         if alone and slot.device.share < 1.0:
             self._restart(slot, has_whole_gpu=True)
+        self._has_given = True
         slot.task = Task(trial, attempt, content, timeout)
         if slot.ready:
             self._begin(slot, slot.task)
@@ -261,7 +267,8 @@ class Pool:
                 yield from self._end_late(slot, why)
 
     def _excuse(self, seconds: float, now: float) -> None:
-        for slot in self.slots if seconds > 0 else ():
+        """Less is what a coordinator of many workers is always busy with, and takes none's time."""
+        for slot in self.slots if seconds > _LOOK_EVERY else ():
             if slot.asked < now:
                 slot.asked = min(slot.asked + seconds, now)
             if slot.task:
@@ -278,6 +285,10 @@ class Pool:
         return f"was still {doing} after {late:.0f} s (--silence says how long it may take)"
 
     def _hear(self, slot: Slot, message: Message) -> Event | None:
+        if why := self._misfit(message):
+            if not self._has_given:
+                raise SearchError(why, exit_code=EXIT_USAGE)
+            message = {"type": "failed", "message": why}  # of a node that has joined, say
         type_ = message["type"]
         if type_ == "described":
             slot.described, slot.asked = True, math.inf
@@ -316,6 +327,18 @@ class Pool:
         if type_ == "finished":
             self._finish(slot, message)
         return Event(slot, message, task=task)
+
+    def _misfit(self, message: Message) -> str:
+        """Why a worker that is ready can't train beside the others, or nothing."""
+        if message["type"] != "ready" or self.space is None:
+            return ""
+        theirs, ours = message.get("precision"), self.space.get("precision")
+        if theirs == ours:
+            return ""
+        return (
+            f"the workers' devices differ: with --precision auto some train in {theirs}, others in "
+            f"{ours}. Fix: give --precision {ours}"
+        )
 
     def _finish(self, slot: Slot, message: Message) -> None:
         slot.task = None

@@ -11,7 +11,7 @@
                                              <-   attribute  trial, attempt, key, value
     answer   trial, attempt, value | error   ->
                                              <-   report     trial, attempt, value, step, metrics
-    answer   trial, attempt, value (end it?) ->
+    answer   trial, attempt, value (prune?)  ->
                                              <-   resumed    trial, attempt, step (no answer)
                                              <-   progress   trial, attempt, ... (no answer)
                                              <-   finished   trial, attempt, outcome, ...
@@ -39,7 +39,6 @@ from typing import Any
 Message = dict[str, Any]
 
 SUGGESTIONS = ("float", "int", "categorical")
-PAUSE = "pause"  # the answer to a report after which the trial is to wait
 MOST_STEPS = 2**31  # what PostgreSQL's whole numbers hold
 _CHUNK = 1 << 16  # bytes asked of the socket at a time
 
@@ -161,7 +160,7 @@ class RemoteTrial(_Suggestions):
         self.attempt = attempt
         self.params: dict[str, Any] = {}
         self._connection = connection
-        self._prune = self.pauses = False
+        self._prune = False
 
     def draft(self, number: int) -> Draft:
         """One of the points drawn for this trial; `take` it, or another."""
@@ -186,18 +185,16 @@ class RemoteTrial(_Suggestions):
             raise ValueError(f"a step is a whole number from 0 to 2**31 - 1. Received: {step!r}")
         if not math.isfinite(value):
             raise Diverged(f"the value reported at step {step} is {value}")
-        answer = self.ask(
+        self._prune = self.ask(
             "report",
             value=float(value),
             step=int(step),
             metrics=_finite(metrics or {}),
             progress=_finite(progress),
         )
-        self._prune, self.pauses = bool(answer), answer == PAUSE
 
     def should_prune(self) -> bool:
-        """The coordinator's answer to the last report: whether this attempt ends there, for good or
-        (`pauses`) until the trial goes on."""
+        """The coordinator's answer to the last report."""
         return self._prune
 
     def resume(self, step: int) -> None:

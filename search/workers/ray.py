@@ -124,7 +124,11 @@ class RayEngine:
         if workers == "auto":
             self._counted, self._per_counted = ("GPU", per_gpu) if gpus else ("CPU", 1)
         # Those that share a GPU share its memory as they come, as Ray has it.
-        self._device, self._num_workers = Device(threads, "of the cluster" if gpus else None), count
+        beside = 1  # on the largest node, at most
+        if not gpus:
+            beside = min(count, int(max(self._each("CPU")) / (self._share["num_cpus"] or 1)))
+        gpu = "of the cluster" if gpus else None
+        self._device, self._num_workers = Device(threads, gpu, max(1, beside)), count
         return [self._device] * count
 
     def joined(self) -> list[Device]:

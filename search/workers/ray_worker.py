@@ -94,14 +94,13 @@ class RayWorker:
             self.host, self.log, self.pid = begun["host"], begun["log"], begun["pid"]
             while (data := self._ask("receive")) != b"":
                 for line in (data or b"").splitlines(keepends=True):
-                    self._bring_files(json.loads(line))
-                    self._theirs.sendall(line)
+                    self._theirs.sendall(self._with_files(line))
             self._ended = self._ask("end", timeout=_GONE)
         except self._ray.exceptions.RayActorError:
             pass  # the actor has died: post_mortem says so
         except self._ray.exceptions.OutOfMemoryError:  # before the kernel would have
             self._ended = {"words": "was ended by Ray for memory", "out_of_memory": True}
-        except (self._ray.exceptions.RayError, SearchError, ValueError, OSError) as error:
+        except (self._ray.exceptions.RayError, ValueError, OSError) as error:
             logger.debug("a worker's actor: %s", error)
             self._ended = {"words": f"was given up: {one_line(error)}"}
         finally:
@@ -111,21 +110,40 @@ class RayWorker:
         answer = getattr(self._actor, method).remote(*arguments)
         return self._ray.get(answer, timeout=timeout)
 
+    def _with_files(self, line: bytes) -> bytes:
+        """What a task has written comes here before it is said that it has finished. Where this
+        machine's disk can't hold it the task has failed: trained again, it would be no smaller."""
+        message = json.loads(line)
+        try:
+            self._bring_files(message)
+        except SearchError as error:
+            stamp = {name: message[name] for name in ("type", "trial", "attempt", "rss")}
+            failed = stamp | {"outcome": "error", "reason": str(error), "traceback": ""}
+            return json.dumps(failed).encode() + b"\n"
+        return line
+
     def _bring_files(self, message: Message) -> None:
-        """What a task has written comes here before it is said that it has finished."""
         if message["type"] != "finished" or message.get("outcome") != "complete":
             return
         for path, sha256 in (("path", "sha256"), ("pictures", "pictures_sha256")):
             if self._task.get(path) and message.get(sha256):
                 self._bring(self._task[path], message[sha256])
 
+    def _read(self, path: str, start: int) -> bytes:
+        """Of a file where the worker is. Raises ValueError: what fails there is not this disk."""
+        try:
+            piece: bytes = self._ask("read", path, start)
+        except (self._ray.exceptions.RayError, OSError) as error:
+            raise ValueError(f"{path} can't be read on {self.host}: {error}") from error
+        return piece
+
     def _bring(self, path: str, sha256: str) -> None:
         with artifacts.write_atomically(path) as beside:
             with beside.open("wb") as stream:
-                while piece := self._ask("read", path, stream.tell()):
+                while piece := self._read(path, stream.tell()):
                     stream.write(piece)
             if artifacts.sha256(beside) != sha256:
-                raise SearchError(f"{path} came from {self.host} with another hash")
+                raise ValueError(f"{path} came from {self.host} with another hash")
 
 
 class _RayChannel(Channel):

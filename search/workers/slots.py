@@ -15,7 +15,6 @@ from search.workers.protocol import Message
 # interval, and for so long, hangs. Generous: what comes after the last report is not known.
 SILENT_INTERVALS = 10
 LEAST_SILENCE = 300.0  # seconds
-PAUSED = "paused"  # how an attempt ends that another goes on with
 OUT_OF_MEMORY = "out_of_memory"  # how an attempt ended, where there is evidence
 
 

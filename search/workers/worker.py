@@ -101,7 +101,8 @@ def _do(connection: WorkerConnection, tasks: Any, message: Message) -> None:
         connection.send({"type": "progress", **stamp, **figures})
 
     run: Callable[..., Message] = getattr(tasks, message["task"])
-    first = RemoteTrial(connection, **_trial(stamp)) if message["task"] == "trial" else tell
+    is_trial = message["task"] == "trial"
+    first = RemoteTrial(connection, *stamp.values()) if is_trial else tell
     try:
         outcome = run(first, message)
     except TrialEnded:
@@ -111,10 +112,6 @@ def _do(connection: WorkerConnection, tasks: Any, message: Message) -> None:
     except Exception as error:  # the user's space may raise anything
         outcome = {"outcome": "pruned"} if _is_pruned(error) else _failure(error)
     connection.send({"type": "finished", **stamp, "rss": _rss(), **outcome})
-
-
-def _trial(stamp: Message) -> dict[str, int]:
-    return {"number": stamp["trial"], "attempt": stamp["attempt"]}
 
 
 def _describe(study: Study) -> Message:

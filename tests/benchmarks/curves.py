@@ -197,7 +197,7 @@ def pack(given: argparse.Namespace) -> None:
     added = columns({name: points[name] for name in points.keys() - set(packed.get("name", ()))})
     hp = keras_tuner.HyperParameters()
     empty_space().build(hp)
-    space = json.dumps(describe(hp))
+    space = json.dumps(describe(hp, empty_space().build))
     if packed.setdefault("space", space) != space:
         raise SystemExit(f"{given.table} is of another space: name a --table that is not there")
     rows = {name: np.concatenate([packed.get(name, of[:0]), of]) for name, of in added.items()}

@@ -596,8 +596,7 @@ def policies(table: Table) -> dict[str, Policy]:
         return Policy(pruner=made, **rest)
 
     pruned = functools.partial(_own, own["pruner"], first, factor)
-    waits = min(sampling.STARTUP_TRIALS, own["trials"] // 4)  # search/first_trials.py
-    default = Policy(own["sampler"], pruned, drafts=sampling.STARTUP_DRAFTS, waits=waits)
+    default = Policy(own["sampler"], pruned, drafts=sampling.STARTUP_DRAFTS)
     second = float(np.median(np.nansum((table.report + table.measure)[:, :1], 1)))
     return {
         "random": Policy("random"),
@@ -631,8 +630,7 @@ def policies(table: Table) -> dict[str, Policy]:
             f"default, start-up {count}": replace(default, startup_trials=count)
             for count in (6, 24)
         },
-        "default, none waits": replace(default, waits=0),
-        **{f"default, {count} wait": replace(default, waits=count) for count in (8, 16)},
+        **{f"default, {count} wait": replace(default, waits=count) for count in (8, 12, 16)},
         **{
             f"tpe + promotions {first}/{factor}": Policy(resumes=(first, factor))
             for first in (1, 2)

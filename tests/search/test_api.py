@@ -99,7 +99,7 @@ try:
 except Exception as error:
     print(error)
 """
-    assert script(tmp_path, text) == "there are no models: the run was started with retrain=False\n"
+    assert script(tmp_path, text) == "there are no models: nothing was retrained\n"
     assert (tmp_path / "elsewhere" / "study.db").exists()
 
 
@@ -187,6 +187,19 @@ def test_a_refused_study_leaves_the_file_of_the_run(tmp_path):
     with storage.lock(tmp_path / ".lock"), pytest.raises(SearchError, match="is being run by"):
         search.run(study, out=tmp_path)
     assert (tmp_path / "study.py").read_text() == before
+
+
+def test_a_study_that_is_given_is_for_its_owner_alone_too(tmp_path):
+    (tmp_path / "mine.py").write_text("def half(trial):\n    return 0.5\n")
+    study = Study(name="mine", objective=f"{tmp_path}/mine.py:half", trials=1)
+    before = os.umask(0)
+    try:
+        with pytest.raises(SearchError, match=r"no model of ours: --epochs"):
+            search.run(study, out=tmp_path / "run", epochs=3)
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "run", tmp_path / "run" / "study.py"):
+        assert path.stat().st_mode & 0o077 == 0
 
 
 def test_an_unknown_study_is_a_usage_error(tmp_path):

@@ -1,4 +1,6 @@
+import csv
 import math
+from contextlib import closing
 from functools import partial
 
 import optuna
@@ -14,7 +16,6 @@ from search.storage import storage
 from search.view.progress import View
 from search.view.trial_logs import open_logs
 from search.workers.devices import Device
-from search.workers.protocol import PAUSE
 from tests.scripted import CRASH, LOST, ONE_CORE, ScriptedPool
 
 UNIT = {"low": 0.0, "high": 1.0, "step": None, "log": False}
@@ -66,6 +67,7 @@ def search(url, tmp_path, monkeypatch):
         at_answer=None,
         prepare=None,
         device=ONE_CORE,
+        log=None,
         **changed,
     ):
         study = storage.at(url).open(name)
@@ -93,9 +95,8 @@ def search(url, tmp_path, monkeypatch):
             }
             | changed
         )
-        Coordinator(
-            study, settings, list(known_points), View(-1), open_logs(changed.get("log"), tmp_path)
-        ).search(pool)
+        with closing(open_logs(log, tmp_path)) as logs:
+            Coordinator(study, settings, list(known_points), View(-1), logs).search(pool)
         return pool
 
     return search
@@ -106,186 +107,26 @@ def trials(url):
     return lambda name="mine": storage.read_study(url, name).trials
 
 
+def test_the_log_of_a_trial_that_goes_on_holds_all_its_reports_once(search, trials, tmp_path):
+    def script(number, attempt):
+        yield suggest("x")
+        if attempt > 1:
+            yield {"type": "resumed", "step": 2}
+        for step in (1, 2, 3) if attempt == 1 else (3, 4):  # what comes behind 2 was not kept
+            yield report(step / 8, step)
+        yield CRASH if attempt == 1 else finished(value=0.5)
+
+    with pytest.raises(Interrupted):
+        search(script, trials=1, log="csv")
+    search(script, trials=1, log="csv")
+    with open(tmp_path / "csv" / "trial-0.csv") as file:
+        rows = [(int(row["step"]), float(row["value"])) for row in csv.DictReader(file)]
+    assert rows == [(1, 0.125), (2, 0.25), (3, 0.375), (4, 0.5)]
+    assert dict(rows) == trials()[0].intermediate_values
+
+
 def states(found):
     return [trial.state.name for trial in found]
-
-
-# The first trials, decided on together
-
-VALUES = (0.1, 0.4, 0.3, 0.2, 0.35, 0.05, 0.45, 0.15)
-TOGETHER = {
-    **{"kind": "space", "pruner": "asha", "trials": 16, "num_slots": 1},
-    "checkpoints": "nowhere",
-}
-
-
-def worth(number, attempt):
-    """Reports its value, 0.01 better at each step; ends where it is told to, for good or not."""
-    yield suggest("x")
-    value, begin = VALUES[number % len(VALUES)], 1
-    if attempt > 1:
-        begin = 2
-        yield {"type": "resumed", "step": 1}
-    for step in range(begin, 6):
-        answer = (yield report(value + step / 100, step))["value"]
-        if answer:
-            yield finished("paused" if answer == PAUSE else "pruned")
-    yield finished(value=value)
-
-
-def test_the_first_wait_for_one_another_and_the_best_of_them_go_on(search, trials):
-    pool = search(worth, **TOGETHER)
-    begun = [(number, attempt) for number, attempt, _ in pool.given]
-    # The fourth comes last: of four the best two go on, the better one first.
-    assert begun[:7] == [(0, 1), (1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (4, 1)]
-    assert [attempt for _, attempt in begun[6:]] == [1] * (16 - 4)
-    found = trials()
-    assert states(found[:4]) == ["PRUNED", "COMPLETE", "PRUNED", "PRUNED"]
-    assert [trial.last_step for trial in found[:4]] == [1, 5, 2, 1]
-    for number in (0, 3):
-        assert found[number].user_attrs["reason"] == "pruned: behind at report 1"
-        assert [a["reason"] for a in found[number].user_attrs["attempts"]] == ["pruned"]
-    assert [a["reason"] for a in found[1].user_attrs["attempts"]] == ["paused", "complete"]
-    assert all(trial.state.is_finished() for trial in found)
-
-
-def test_those_that_wait_have_been_begun(search, trials):
-    """With as many workers as trials, none is left to begin while the first of them wait."""
-
-    def late(number, attempt):
-        for _ in range(10 if number > 2 and attempt == 1 else 0):
-            yield {"type": "progress"}
-        yield from worth(number, attempt)
-
-    search(late, **(TOGETHER | {"num_slots": 16}))
-    assert [trial.number for trial in trials()] == list(range(16))
-    assert all(trial.state.is_finished() for trial in trials())
-
-
-@pytest.mark.parametrize(
-    ("changed", "waiting"),
-    [
-        ({}, True),
-        ({"trials": 7}, False),  # a quarter of them is one
-        ({"pruner": "median"}, False),
-        ({"pruner": "none"}, False),
-        ({"kind": "objective"}, False),
-        ({"checkpoints": ""}, False),  # nothing to go on from
-        ({"first_rung": 5}, False),  # they are at their end
-    ],
-)
-def test_who_waits(search, changed, waiting):
-    pool = search(worth, **(TOGETHER | changed))
-    assert (max(attempt for _, attempt, _ in pool.given) > 1) is waiting
-
-
-def test_a_fit_of_its_own_does_not_wait(search):
-    def own_fit(study):
-        study.set_user_attr("run", {**study.user_attrs["run"], "own_fit": True})
-
-    assert {attempt for _, attempt, _ in search(worth, prepare=own_fit, **TOGETHER).given} == {1}
-
-
-def test_known_points_go_on_and_count_among_the_first(search):
-    points = [{"x": value} for value in (0.1, 0.2, 0.3)]
-    pool = search(worth, known_points=points, **TOGETHER)
-    assert {attempt for _, attempt, _ in pool.given} == {1}
-
-
-@pytest.mark.fault("K3")
-def test_those_that_wait_wait_on_under_the_next_coordinator(search, trials):
-    def crashes(number, attempt):
-        if (number, attempt) == (2, 1):
-            yield CRASH
-        yield from worth(number, attempt)
-
-    with pytest.raises(Interrupted):
-        search(crashes, **TOGETHER)
-    assert [trial.last_step for trial in trials()] == [1, 1, None]
-    again = [(number, attempt) for number, attempt, _ in search(crashes, **TOGETHER).given]
-    assert again[:4] == [(2, 2), (3, 1), (1, 2), (4, 1)]
-    found = trials()
-    assert len(found) == 16
-    assert all(trial.state.is_finished() for trial in found)
-    assert found[0].user_attrs["reason"] == "pruned: behind at report 1"
-    assert found[0].intermediate_values == {1: pytest.approx(0.11)}
-
-
-def test_one_that_is_lost_before_it_waits_runs_again(search, trials):
-    def dies(number, attempt):
-        if (number, attempt) == (0, 1):
-            yield suggest("x")
-            yield report(0.9, 1)
-            yield LOST
-        elif number == 0:
-            yield suggest("x")
-            for step in range(1, 6):
-                if (answer := (yield report(0.9, step))["value"]) == PAUSE and attempt == 2:
-                    yield finished("paused")
-                assert answer is False
-            yield finished(value=0.9)
-        else:
-            yield from worth(number, attempt)
-
-    pool = search(dies, **TOGETHER)
-    assert [attempt for number, attempt, _ in pool.given if number == 0] == [1, 2, 3]
-    assert trials()[0].value == 0.9
-    reasons = [attempt["reason"] for attempt in trials()[0].user_attrs["attempts"]]
-    assert reasons == ["killed", "paused", "complete"]
-
-
-def test_pauses_cost_no_attempt_and_no_seconds(search, trials, monkeypatch):
-    pool = search(worth, max_attempts=1, **TOGETHER)
-    assert states(trials()[:3]) == ["PRUNED", "COMPLETE", "PRUNED"]
-    assert pool.given[4][:2] == (1, 2)
-    for trial in trials()[:4]:
-        ran = sum(one["end"] - one["start"] for one in trial.user_attrs["attempts"])
-        assert trial.user_attrs["seconds"] == pytest.approx(ran, abs=2e-3)
-
-
-@pytest.mark.slow
-def test_trials_that_wait_have_worked_though_others_fail(search, trials):
-    def fails(number, attempt):
-        if number in (1, 2, 4):
-            yield suggest("x")
-            yield finished("error", reason=f"ValueError: {number}", traceback="")
-        yield from worth(number, attempt)
-
-    search(fails, **(TOGETHER | {"trials": 32}))
-    assert states(trials()).count("FAIL") == 3
-    assert len(trials()) == 32
-
-
-@pytest.mark.slow
-def test_what_went_on_once_does_not_wait_again(search, trials):
-    """A larger number of trials makes more of them the first ones."""
-
-    def crashes(number, attempt):
-        if (number, attempt) == (1, 2):
-            yield suggest("x")
-            yield {"type": "resumed", "step": 1}
-            yield report(0.5, 2)
-            yield CRASH
-        yield from worth(number, attempt)
-
-    with pytest.raises(Interrupted):
-        search(crashes, **(TOGETHER | {"trials": 12}))  # three of them wait for one another
-    assert states(trials()) == ["PRUNED", "RUNNING", "PRUNED"]
-    again = search(worth, **(TOGETHER | {"trials": 48})).given
-    assert [attempt for number, attempt, _ in again if number == 1] == [3]
-    assert len(trials()) == 48
-
-
-def test_fewer_trials_than_wait_are_still_exactly_so_many(search, trials, url):
-    def crashes(number, attempt):
-        yield from worth(number, attempt) if number < 8 else iter([CRASH])
-
-    with pytest.raises(Interrupted):
-        search(crashes, **(TOGETHER | {"trials": 64}))
-    rows = results.rows(storage.read_study(url, "mine"))
-    assert [row.state for row in rows] == ["paused"] * 8 + ["running"]
-    search(worth, **(TOGETHER | {"trials": 3}))
-    assert sum(trial.state.is_finished() for trial in trials()) == 3
 
 
 # How many
@@ -438,8 +279,11 @@ def test_reports_from_step_0_are_counted(search, url, caplog):
 def test_a_checkpoint_that_can_t_be_removed_ends_no_search(search, tmp_path):
     checkpoint = tmp_path / "checkpoints" / "trial-0.npz"
     (checkpoint / "in the way").mkdir(parents=True)
+    other = checkpoint.with_name("trial-1.npz")
+    other.touch()
     search(good, trials=2, checkpoints=str(checkpoint.parent))
     assert checkpoint.exists()
+    assert not other.exists()
 
 
 def test_a_bad_question_is_answered_with_an_error(search):
@@ -655,7 +499,9 @@ def test_first_trials_that_all_fail_alike_stop_the_search(search, trials, reason
         search(failing(reasons))
         assert len(trials()) == 4
         return
-    rule = f"first 3 trials all failed with the same error: {reasons[2]}. Mend the study's file"
+    rule = (
+        f"first 3 trials to end all failed with the same error: {reasons[2]}. Mend the study's file"
+    )
     with pytest.raises(SearchError, match=rule) as caught:
         search(failing(reasons))
     assert caught.value.detail == "frames of 2"
@@ -663,7 +509,7 @@ def test_first_trials_that_all_fail_alike_stop_the_search(search, trials, reason
 
 
 def test_a_single_trial_that_fails_stops_the_search(search):
-    with pytest.raises(SearchError, match="the first 1 trials all failed"):
+    with pytest.raises(SearchError, match="the first 1 trials to end all failed"):
         search(failing(["a"]), trials=1)
 
 

@@ -341,6 +341,7 @@ def test_a4_the_same_seed_gives_the_same_points_interrupted_or_not(tmp_path):
         process = broken.start(*arguments)
         broken.wait_for_worker()
         time.sleep(seconds)
+        assert process.poll() is None
         process.kill()
         process.communicate()
     assert broken.run(*arguments)[0] == 0

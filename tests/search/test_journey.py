@@ -21,7 +21,8 @@ import yaml
 from PIL import Image
 
 from search import artifacts
-from search.data import datasets, image_folder
+from search.data import datasets, fetching, image_folder
+from search.errors import EXIT_NOTHING_USABLE
 from search.storage import storage
 from tests import invariants
 from tests.command import ROOT
@@ -170,10 +171,11 @@ def test_the_newest_snapshot_holds_the_winners_too(run_folder):
 
 def test_typed_again_it_says_that_all_is_done(run_folder):
     before = {p: p.stat().st_mtime_ns for p in run_folder.rglob("*.keras")}
-    began = time.monotonic()
+    logs = {p: p.stat().st_mtime_ns for p in (run_folder / "logs").iterdir()}
     output = finish(run_folder, *SMALL)
     assert "4 of 4 trials finished" in output
-    assert time.monotonic() - began < 20  # no worker was started
+    # No worker was started.
+    assert {p: p.stat().st_mtime_ns for p in (run_folder / "logs").iterdir()} == logs
     assert {p: p.stat().st_mtime_ns for p in run_folder.rglob("*.keras")} == before
 
 
@@ -420,14 +422,11 @@ def test_what_a_search_was_told_outlasts_the_retraining_of_its_winner(tmp_path):
     assert figures["winners"][0]["schedule_epochs"] == 3
     training = figures["training"]
     assert training.items() >= {k: before[k] for k in ("sampler", "pruner", "precision")}.items()
-    command = [
-        "fmnist-search --study quickstart --epochs 1 --seed 0",
-        *told,
-        "--top 1",
-        *final,
-        "--seeds 1",
-    ]
-    assert " ".join(command) in (folder / "report.html").read_text()
+    command = (
+        "fmnist-search --study quickstart --epochs 1 --seed 0 --trials 2 --sampler random "
+        "--pruner none --precision float32 --top 1 --seeds 1 --final-epochs 3 --workers 1"
+    )
+    assert command in (folder / "report.html").read_text()
     # Typed once more, the first command leaves alone what `retrain` was told.
     finish(folder, "--study", "quickstart", "--epochs", "1", *told)
     assert json.loads((folder / "metrics.json").read_text()) == figures
@@ -439,7 +438,62 @@ def test_what_a_search_was_told_outlasts_the_retraining_of_its_winner(tmp_path):
     assert "has been used for 2 models" in (folder / "report.html").read_text()
 
 
-@pytest.mark.slow
+def test_other_data_are_refused_also_where_all_is_done(tmp_path):
+    path = tmp_path / "mine.npz"
+    (x, y), test = datasets.load_train("digits"), datasets.load_test("digits")
+
+    def write(y):
+        np.savez(path, x_train=x, y_train=y, x_test=test[0], y_test=test[1])
+
+    write(y)
+    command = ["--study", "quickstart", "--dataset", str(path), "--trials", "1", "--epochs", "0.5"]
+    finish(tmp_path / "run", *command, "--seeds", "1")
+    logs = [path.stat().st_mtime_ns for path in (tmp_path / "run" / "logs").iterdir()]
+    finish(tmp_path / "run", *command)  # all is done: no worker is started
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "run" / "logs").iterdir()] == logs
+    write(np.roll(y, 1))  # labels are put right, say
+    process = start(tmp_path / "run", *command)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "data was" in output
+
+
+def test_ctrl_c_is_heard_while_another_process_prepares_the_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    for name in ("rose", "tulip"):
+        (tmp_path / "flowers" / name).mkdir(parents=True)
+        for number in range(14):
+            image = Image.new("L", (8, 8), 9 * number)
+            image.save(tmp_path / "flowers" / name / f"{number}.png")
+    copies = tmp_path / "keras" / "datasets" / "fmnist-search"
+    copies.mkdir(parents=True)
+    command = ["--study", "quickstart", "--dataset", str(tmp_path / "flowers")]
+    with fetching.alone_in(copies):
+        process = start(tmp_path / "run", *command)
+        end = time.monotonic() + 60
+        while not list(tmp_path.glob("run/logs/*")) and time.monotonic() < end:
+            time.sleep(0.1)
+        time.sleep(8)  # until the study is described, and the data are asked for
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "interrupted; nothing is lost" in output
+
+
+def test_a_search_without_a_usable_trial_ends_alike_when_it_is_typed_again(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from studies.study import Study\n"
+        "study = Study(name='mine', objective=lambda trial: float('nan'), trials=2)\n"
+    )
+    for _ in range(2):
+        process = start(tmp_path / "run", "--study", str(file))
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == EXIT_NOTHING_USABLE, output
+        assert "are finished and none is complete" in output
+
+
 def test_a_gpu_that_keras_does_not_see_is_pointed_out(tmp_path):
     driver = tmp_path / "bin" / "nvidia-smi"  # a machine whose driver knows a GPU
     driver.parent.mkdir()

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from search import artifacts, folders
+from search import artifacts, doctor, folders
+from search.data import weights
 from search.errors import EXIT_DAMAGED, EXIT_USAGE, SearchError
+from search.winners import inference
 from tests import dummy, invariants
 from tests.command import ROOT, Command
 
@@ -182,6 +184,23 @@ def test_x2_nothing_is_written_through_a_link(tmp_path, name):
     (run / name).symlink_to(outside / "new")
     with pytest.raises(SearchError, match="remove the link"):
         folders.refuse_links(run)
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(tmp_path):
+    user = os.geteuid()
+    tmp_path.chmod(0)
+    try:
+        os.seteuid(user or 65534)  # permissions don't bind root
+        with pytest.raises(SearchError, match=r"run can't be read: Permission denied"):
+            folders.refuse_links(tmp_path / "run")
+        with pytest.raises(SearchError, match=r"there is no image"):
+            inference.classify("mine", tmp_path, tmp_path, [tmp_path / "x.png"])
+        assert tmp_path.is_relative_to(doctor._existing(tmp_path / "run"))
+        with pytest.raises(SearchError, match=r"which is not there"):
+            weights.ensure(str(tmp_path / "w.h5"))
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
 
 
 @pytest.mark.fault("X2")

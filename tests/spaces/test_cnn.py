@@ -33,6 +33,15 @@ def multiplications(model):
     return total
 
 
+def test_a_space_of_few_filters_has_some():
+    class Narrow(CNN):
+        filters = (4, 16, 4)
+
+    model = Narrow(SHAPE, 10, 12_800).build(point({"filters": 4, "growth": 1.0}))
+    convs = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert {layer.filters for layer in convs} == {8}
+
+
 @pytest.fixture(scope="module")
 def parameters():
     return {shape: registered(CNN(shape, 10, 12_800)) for shape in SHAPES}

@@ -1,5 +1,6 @@
 import ast
 import importlib
+from pathlib import Path
 
 import keras
 import keras_tuner
@@ -17,6 +18,11 @@ KNOWN = [
     for file in (cnn, mlp, quickstart, resnet, vgg16, vgg16_sizes)
     for number, point in enumerate(file.study.known_points)
 ]
+
+
+def test_a_path_is_kept_as_text():
+    study = Study(name="mine", space=CNN, dataset=Path("a.npz"), weights=Path("b.h5"))
+    assert (study.dataset, study.weights) == ("a.npz", "b.h5")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +45,8 @@ KNOWN = [
         ({"reduction_factor": 2.5}, r"reduction_factor is a whole number.*Received: 2.5"),
         ({"known_points": ({"units": 8})}, r"known_points is a tuple of .*Received: {'units': 8}"),
         ({"known_points": ("units",)}, r"known_points is a tuple of .*Received: \('units',\)"),
+        ({"dataset": 5}, r"dataset is a name or a path. Received: 5"),
+        ({"weights": b"x.h5"}, r"weights is a name or a path. Received: b'x.h5'"),
         ({"epochs": "5"}, r"^epochs is a number above 0. Received: '5'"),
         ({"max_flops": 0.5}, r"max_flops is a whole number of at least 1. Received: 0.5"),
         ({"max_memory": 0}, r"max_memory is a whole number of at least 1. Received: 0"),

@@ -1,4 +1,4 @@
-"""The command line from outside: real processes, what they print and how they exit."""
+"""The command line from outside: what it prints and how it exits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from search.cli import main
 from tests.command import ROOT
 
 COMMANDS = (
@@ -92,14 +93,28 @@ def test_studies_are_listed_with_their_question():
         (["--bogus"], 2, ["--bogus"]),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, arguments, code, words):
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys, arguments, code, words
+):
     (tmp_path / "file").touch()
-    done = run("-P", *QUICK, *arguments, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == code
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
-    assert "secret" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fmnist-search", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == code
+    assert len(said.splitlines()) == 1, said
+    assert all(word in said for word in words), said
+    assert "secret" not in said
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "file"]
+
+
+def test_bad_input_ends_the_process_with_its_code(tmp_path):
+    options = {"cwd": tmp_path, "env": {"PYTHONPATH": str(ROOT)}}
+    for arguments, code in ((["--study", "cn"], 2), (["show", "--study", "cnn"], 1)):
+        done = run("-P", *QUICK, *arguments, **options)
+        assert done.returncode == code
+        assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.fault("S6")

@@ -325,6 +325,7 @@ def test_a_model_that_began_with_weights_is_said_to():
     model = dense()
     remark = "began with weights of its own"
     assert remark not in text_of(model)
+    assert remark in text_of(model, is_pretrained=True)  # as the space says, of whatever weights
     model.layers[-1].bias.assign(np.ones(10))
     assert remark in text_of(model)
 

@@ -13,8 +13,10 @@ import tarfile
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pooch
 import pytest
 from PIL import Image
 
@@ -49,6 +51,12 @@ try:
 except SearchError as error:
     print(error)
 """
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_between_downloads(monkeypatch):
+    """pooch tries again a second later."""
+    monkeypatch.setattr(pooch.core, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 def idx(array, *, magic=None, sizes=None):

@@ -224,8 +224,9 @@ def test_jpeg(flowers):
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 @pytest.mark.parametrize(
-    ("orientation", "corner"), [(1, (0, 0)), (2, (0, 2)), (3, (3, 2)), (6, (0, 2)), (8, (3, 0))]
-)
+    ("orientation", "corner"), [(1, (0, 0)), (2, (0, 2)), (3, (3, 2)), (4, (3, 0)), (5, (0, 0)),
+                              (6, (0, 2)), (7, (3, 2)), (8, (3, 0))]
+)  # fmt: skip
 def test_exif_says_which_side_is_up(flowers, suffix, orientation, corner):
     shape = (3, 4) if orientation > 4 else (4, 3)
     image = np.zeros((shape[0] * 8, shape[1] * 8), np.uint8)  # blocks as those of JPEG
@@ -240,6 +241,38 @@ def test_exif_says_which_side_is_up(flowers, suffix, orientation, corner):
     assert image_folder._look(path) == (32, 24, False)
     x = image_folder.read_image(path, (32, 24, 1))
     assert [int(at) for at in np.argwhere(x[::8, ::8, 0] > 127)[0]] == list(corner)
+
+
+def test_exif_that_is_none_says_nothing(tmp_path):
+    """Cameras and editors write such; other programs show the image."""
+    path = tmp_path / "x.jpg"
+    Image.new("L", (24, 32), 200).save(path, exif=b"Exif\0\0no TIFF header", dpi=(72, 72))
+    assert image_folder._look(path) == (32, 24, False)
+    assert image_folder.read_image(path, (32, 24, 1)).min() > 190
+
+
+@pytest.mark.parametrize(("invert", "corner", "thing"), [(False, 0, 20), (True, 0, 235)])
+def test_what_lies_behind_transparency_is_dark_to_the_model(tmp_path, invert, corner, thing):
+    """Also behind a dark thing, which `--invert` makes bright."""
+    image = np.zeros((8, 8, 4), np.uint8)
+    image[2:6, 2:6] = 20, 20, 20, 255
+    Image.fromarray(image).save(tmp_path / "x.png")
+    read = image_folder.read_image(tmp_path / "x.png", (8, 8, 1), invert)
+    assert (read[0, 0, 0], read[4, 4, 0]) == (corner, thing)
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_who_may_not_read_the_images_may_not_read_their_copy(flowers, mode):
+    flowers.chmod(mode)
+    image_folder.prepare(flowers)
+    assert image_folder._copy_of(flowers).stat().st_mode & 0o777 == mode
+
+
+def test_a_folder_whose_name_no_page_could_show_is_refused(tmp_path):
+    folder = tmp_path / os.fsdecode(b"f\xe4rben")
+    folder.mkdir()
+    with pytest.raises(SearchError, match=r"its path is UTF-8"):
+        image_folder.describe(folder)
 
 
 def test_other_sizes_become_the_median_of_training(flowers, caplog):

@@ -9,7 +9,9 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import pooch
 import pytest
 
 from search.data import weights
@@ -22,6 +24,12 @@ MD5 = "md5:" + hashlib.md5(CONTENT).hexdigest()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 NAME = weights.PUBLISHED.name
 CLOSED = "http://127.0.0.1:9/"  # the discard port: nobody listens
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_between_downloads(monkeypatch):
+    """pooch tries again a second later."""
+    monkeypatch.setattr(pooch.core, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 @pytest.fixture

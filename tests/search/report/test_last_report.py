@@ -6,10 +6,11 @@ import logging
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from search import catalogue, journey
+from search import catalogue, journey, signals
 from search.errors import (
     EXIT_DAMAGED,
     EXIT_NOTHING_USABLE,
@@ -61,11 +62,19 @@ def ends_with(run, error):
     [
         Interrupted(signal.SIGINT),
         SearchError("none is complete", exit_code=EXIT_NOTHING_USABLE),
-        SearchError("the first 3 trials all failed with the same error"),
+        SearchError("the first 3 trials to end all failed with the same error"),
     ],
 )
 def test_a_run_that_ends_early_leaves_its_report(run, error):
     assert ends_with(run, error)
+
+
+def test_a_run_that_ends_early_draws_no_longer_than_a_moment(run, monkeypatch):
+    monkeypatch.setattr(journey, "_LAST_REPORT", 0.2)
+    monkeypatch.setattr(report, "html", lambda run: time.sleep(60))
+    began = time.monotonic()
+    assert not ends_with(run, Interrupted(signal.SIGINT))
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("code", [EXIT_STORAGE_LOST, EXIT_DAMAGED])
@@ -95,6 +104,28 @@ def test_a_signal_ends_the_drawing_at_once(run, monkeypatch, number, seconds):
     assert time.monotonic() - began < 30
     assert [signal.getsignal(one) for one in SIGNALS] == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_hangup_that_is_ignored_is_none(run, monkeypatch):
+    """`nohup` has it ignored, so that a search outlives its terminal."""
+
+    def draw(made):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return drawn(made)
+
+    monkeypatch.setattr(report, "html", draw)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run._report(100.0)
+        pool = SimpleNamespace(interrupted=0)
+        with signals.ending(pool):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert pool.interrupted == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert is_drawn(run)
 
 
 def test_what_went_wrong_is_said_though_the_drawing_was_interrupted(run, monkeypatch):
@@ -128,7 +159,7 @@ def test_an_interrupted_run_draws_no_longer_than_a_moment(run, monkeypatch, capl
         run._report(0.2)
     assert time.monotonic() - began < 30
     assert path.read_text() == "of before"
-    assert "`fmnist-search report` draws what there is" in caplog.text
+    assert "the command `report` draws what there is" in caplog.text
     assert not is_drawn(run)
 
 
@@ -162,5 +193,6 @@ def test_the_command_leaves_a_report_of_what_there_is(tmp_path, fault):
         return
     shown = path.read_text()
     assert source.mark_of(path) is not None
-    assert "--trials 30 --workers 2" in shown
+    assert "--trials 30 --sampler tpe" in shown
+    assert "--workers 2" in shown
     assert "Made with" in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
+from search import results
+from search.data.weights import RANDOM
 from search.errors import SearchError
 from search.report import (
     answer,
@@ -185,7 +188,7 @@ def test_best_so_far_is_in_the_order_of_ends_and_skips_pauses():
     assert [(r.number, r.hours, r.value, r.best) for r in reached] == [
         (0, 1.0, 0.5, 0.5), (2, 2.0, 0.7, 0.7), (1, 3.0, 0.9, 0.9)
     ]  # fmt: skip
-    assert course.Clock(trials).hours(200_000) == 4.0
+    assert results.Clock(trials).hours(200_000) == 4.0
     dots, line = course.hours_figure(reached, 4.0, "value").data
     assert list(line.x) == [1.0, 2.0, 3.0, 4.0]  # to the end, though the last trial was pruned
     assert list(line.y) == [0.5, 0.7, 0.9, 0.9]
@@ -289,10 +292,21 @@ def test_attempts_that_died_are_shown_in_their_workers_lane():
         ("1", "died"), ("2", "failed"), ("1", "complete"), ("2", "interrupted"), ("1", "running")
     ]  # fmt: skip
     assert [round(a.hours * 3600) for a in made] == [10, 20, 20, 10, 5]
+    assert timeline.most_at_once(made) == 2
     figure = timeline.timeline_figure(made)
     by_name = {trace.name: trace for trace in figure.data}
     assert by_name["died"].marker.color == theme.RED
     assert "trial 0, attempt 1: killed" in by_name["died"].text
+
+
+def test_a_run_that_went_on_with_other_devices_has_more_lanes_but_no_more_at_a_time():
+    first, second = attempt(0, 10), attempt(10, 20) | {"device": "2 cpu"}
+    made = timeline.attempts([trial_of(attempts=[first]), trial_of(attempts=[second])])
+    assert len({one.lane for one in made}) == 2
+    assert timeline.most_at_once(made) == 1
+    assert timeline.most_at_once([]) == 0
+    just_begun = timeline.attempts([trial_of(attempts=[{"start": 5}])] * 2)
+    assert timeline.most_at_once(just_begun) == 2
 
 
 @pytest.mark.parametrize(
@@ -304,7 +318,6 @@ def test_attempts_that_died_are_shown_in_their_workers_lane():
         (TrialState.PRUNED, ("diverged",), ["failed"]),
         (TrialState.FAIL, ("killed", "timeout"), ["died", "died"]),
         (TrialState.COMPLETE, ("coordinator ended", "complete"), ["interrupted", "complete"]),
-        (TrialState.PRUNED, ("paused", "pruned"), ["paused", "pruned"]),
     ],
 )
 def test_an_attempt_after_which_its_trial_ran_again_has_died(state, reasons, ends):
@@ -573,8 +586,8 @@ def test_class_distribution_is_that_of_both_parts(run):
 
 def test_the_command_to_do_it_again(run):
     assert origin.command(run) == (
-        "fmnist-search --study made-up --epochs 5 --seed 0 --trials 100 --workers 2 "
-        "--precision bfloat16 --sampler tpe --pruner asha --top 2 --seeds 2"
+        "fmnist-search --study made-up --epochs 5 --seed 0 --trials 100 --sampler tpe "
+        "--pruner asha --precision bfloat16 --top 2 --seeds 3 --workers 2"
     )
 
 
@@ -599,7 +612,7 @@ def test_the_command_says_what_the_search_was_told_before_anything_is_measured(t
     )
     assert origin.command(run) == (
         "fmnist-search --study '/home/me/my studies/mine.py' --epochs 5 --seed 0 --trials 20 "
-        "--workers 2 --precision float32 --sampler random --pruner none"
+        "--sampler random --pruner none --precision float32 --top 2 --seeds 3 --workers 2"
     )
 
 
@@ -642,14 +655,6 @@ def test_the_command_names_final_epochs_that_are_not_the_study_s_own(tmp_path, o
     assert (words in command) if words else ("--final-epochs" not in command)
 
 
-def test_the_command_asks_for_the_seeds_that_diverged_too(tmp_path):
-    run = begun(tmp_path, measured=True)
-    run.winners[0]["diverged"] = [0]  # of three
-    assert origin.command(run).endswith("--top 1 --seeds 3")
-    run.metrics["diverged"] = [{"trial": 9, "params": {}, "reason": "loss was nan"}]
-    assert origin.command(run).endswith("--top 2 --seeds 3")
-
-
 @pytest.mark.parametrize("kind", ["space", "objective"])
 def test_versions_commit_and_hardware_are_there_before_anything_is_measured(tmp_path, kind):
     study = made_up_run.study_of(3, kind=kind)
@@ -673,13 +678,24 @@ def test_a_run_that_went_on_elsewhere_says_what_differs(tmp_path):
     assert [name for name, _ in origin.origins(same)] == ["Made with"]
 
 
+def test_of_a_search_from_random_weights_nothing_is_said_of_published_models(tmp_path):
+    study = made_up_run.study_of(30)
+    figures = made_up_run.write_metrics(study, tmp_path)
+    figures["winners"][0]["weights"] = RANDOM
+    (tmp_path / "metrics.json").write_text(json.dumps(figures))
+    content = report.html(source.read(study, tmp_path))
+    assert "from random weights." in content
+    assert "published model" not in content
+
+
 def test_a_search_that_still_runs(tmp_path):
     study = made_up_run.study_of(30)
     study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={
         "attempts": [{"attempt": 1, "host": "vm", "start": made_up_run.BEGAN + 30}]
     }, intermediate_values={1: 0.5}))  # fmt: skip
     shown = report.html(source.read(study, tmp_path))
-    assert "The winners have not been retrained yet" in shown
+    assert "No model has been measured on the test set" in shown
+    assert "1 had not ended when this page was written" in shown
     assert "Learning curves" in shown
     assert "Nothing has been retrained and measured yet" in shown
 
@@ -696,7 +712,10 @@ def test_an_objective_of_ones_own(tmp_path):
     assert "Learning curves" in shown.headings
     assert "The winners" not in shown.headings
     assert "The data" not in shown.headings
-    assert "--precision" not in origin.command(run)  # it has none
+    assert origin.command(run) == (
+        "fmnist-search --study made-up --seed 0 --trials 100 --sampler tpe --pruner asha "
+        "--workers 2"
+    )
 
 
 def test_a_comparison_has_no_search_but_all_points(tmp_path):
@@ -710,8 +729,8 @@ def test_a_comparison_has_no_search_but_all_points(tmp_path):
     assert "from random weights, where the published model" in content
     assert "<td>0.9000</td>" in content  # published beside ours
     assert origin.command(source.read(study, tmp_path)) == (
-        "fmnist-search --study made-up --epochs 5 --seed 0 --workers 2 --precision bfloat16 "
-        "--seeds 2"
+        "fmnist-search --study made-up --epochs 5 --seed 0 --precision bfloat16 --seeds 3 "
+        "--workers 2"
     )
 
 
@@ -730,7 +749,7 @@ def test_a_comparison_that_still_runs_shows_the_points_so_far(tmp_path):
     study = comparison(tmp_path)
     (tmp_path / "metrics.json").unlink()
     content = report.html(source.read(study, tmp_path))
-    assert "Not all points have been trained yet" in content
+    assert "No model has been measured on the test set" in content
     assert "<th scope=row>mlp</th><td>0.9000</td>" in content
 
 
@@ -818,9 +837,15 @@ def test_a_search_that_went_on_after_its_winners_says_so(small):
     assert "15 trials are finished, the winners are those of 12" in shown
 
 
-def test_the_file_appears_whole(small, tmp_path):
+def test_the_file_appears_whole(small, tmp_path, monkeypatch):
     folder, study = small
     path = tmp_path / "report.html"
+    path.write_text("of before")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda *_: pytest.fail("killed here"))
+        with pytest.raises(pytest.fail.Exception):
+            report.write(study, folder, path, "Which?")
+    assert path.read_text() == "of before"
     report.write(study, folder, path, "Which?")
     assert path.read_text().startswith("<!doctype html>")
     assert [one.name for one in tmp_path.iterdir()] == ["report.html"]

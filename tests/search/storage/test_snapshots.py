@@ -13,6 +13,7 @@ from search import folders
 from search.errors import EXIT_DAMAGED, SearchError
 from search.storage import snapshots, sqlite_file, storage
 from search.storage.snapshots import KEPT, Snapshots, restore
+from tests import made_up_run
 from tests.command import ROOT
 
 
@@ -207,6 +208,17 @@ def test_what_a_kill_has_left_of_a_snapshot_is_removed(database):
     assert list(whole.parent.iterdir()) == [whole]
 
 
+def test_one_is_taken_every_five_minutes(database, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(snapshots.time, "monotonic", lambda: now)
+    made = Snapshots(database)
+    taken = []
+    monkeypatch.setattr(made, "take", lambda: taken.append(now))
+    for now in (1299.0, 1301.0):  # noqa: B007 - the clock has it
+        made.take_if_due()
+    assert taken == [1301.0]
+
+
 def test_a_snapshot_that_cannot_be_written_is_a_warning(database, caplog):
     (database.parent / "snapshots").write_text("in the way")
     Snapshots(database).take()
@@ -218,6 +230,11 @@ def test_the_command_says_what_it_has_done(database):
     (database.parent / "mine.py").write_text(
         "from studies.study import Study\nstudy = Study(name='mine', objective=lambda trial: 1.0)\n"
     )
+    study = storage.at(f"sqlite:///{database}").open("mine")
+    run = made_up_run.run_attribute("objective")
+    run["told"] |= {"trials": 300, "sampler": "random"}
+    study.set_user_attr("run", run)
+    study._storage._backend.engine.dispose()
     Snapshots(database).take()
     truncate(database)
     command = [
@@ -233,8 +250,10 @@ def test_the_command_says_what_it_has_done(database):
     assert done.returncode == 0, done.stderr
     assert "with 4 finished trials" in done.stdout
     assert "the damaged file lies in" in done.stdout
-    out = f"--out {database.parent}"
-    assert f"go on with: fmnist-search --study {database.parent}/mine.py {out}" in done.stdout
+    assert done.stdout.splitlines()[-1] == (
+        f"go on with: fmnist-search --study {database.parent}/mine.py --out {database.parent} "
+        "--seed 0 --trials 300 --sampler random --pruner asha"
+    )
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 2
     assert "nothing to repair" in again.stderr

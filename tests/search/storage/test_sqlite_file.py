@@ -126,6 +126,21 @@ def test_a_log_that_can_not_be_read_in_a_read_only_folder_is_no_damage(folder):
     assert values(copy) == [0.5]
 
 
+def test_what_a_reader_keeps_out_of_the_file_is_not_said_to_be_safe(folder):
+    study = add_trial(folder)
+    database = storage.at(f"sqlite:///{folder}/study.db")
+    engine = study._storage._backend.engine
+    reader = sqlite3.connect(folder / "study.db")
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM trials").fetchone()
+    study.tell(study.ask(), 0.75)
+    with pytest.raises(SearchError, match="is being read by another process"):
+        database.settle(engine)
+    reader.close()
+    database.settle(engine)
+    close(study)
+
+
 @pytest.mark.fault("S1")
 def test_a_disk_that_is_away_for_a_moment_is_no_damage(folder, monkeypatch):
     close(add_trial(folder))

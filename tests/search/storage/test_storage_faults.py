@@ -187,14 +187,14 @@ def test_s3_a_file_that_is_locked_for_30_seconds_is_waited_for(tmp_path):
 @pytest.mark.fault("S3")
 def test_s3_a_locked_file_is_not_a_damaged_one(tmp_path, url):
     trials_of(url, 1)
-    holder = lock(tmp_path / "study.db", 3)
+    holder = lock(tmp_path / "study.db", 1.5)  # longer than SQLite itself waits
     assert len(storage.read_study(url, "mine").trials) == 1
     holder.communicate()
 
 
 def test_a_storage_that_stays_silent_is_lost(tmp_path, url, monkeypatch):
     trials_of(url, 1)
-    monkeypatch.setattr(patience, "PATIENCE", 1.5)
+    monkeypatch.setattr(patience, "PATIENCE", 0.3)
     study = storage.at(url).open("mine")
     with closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")

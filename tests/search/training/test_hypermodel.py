@@ -352,6 +352,15 @@ def test_callbacks_that_a_space_keeps_are_converted_once_each_time():
     assert Keeping.stopping.patience == 2
 
 
+def test_callbacks_may_be_none_at_some_points():
+    class Sometimes(keras_tuner.HyperModel):
+        def callbacks(self, hp):
+            if hp:
+                return [keras.callbacks.TerminateOnNaN()]
+
+    assert Space(Sometimes, DIGITS, 100).callbacks(None) == []
+
+
 def test_a_fit_that_tunes_epochs_is_not_given_any():
     class Own(keras_tuner.HyperModel):
         def build(self, hp):

@@ -8,6 +8,7 @@ from search.training.hyperparameters import (
     describe,
     distribution,
 )
+from spaces.cnn import CNN
 
 
 @pytest.fixture
@@ -208,17 +209,21 @@ def test_a_name_in_two_branches_has_each_branch_s_range(drawn):
         lambda hp, kind: hp.Int("size", 1, 9) if kind == "a" else hp.Boolean("size"),
     ],
 )
-def test_a_name_that_optuna_would_refuse_in_another_branch_is_refused_at_once(drawn, ask):
+@pytest.mark.parametrize("asks_always", [True, False])
+def test_a_name_that_optuna_would_refuse_in_another_branch_is_refused_at_once(
+    drawn, ask, asks_always
+):
     def build(hp):
-        hp.Choice("kind", ["a", "b"])
+        chosen = hp.Choice("kind", ["a", "b"])
         for kind in ("a", "b"):
             with hp.conditional_scope("kind", [kind]):
-                ask(hp, kind)
+                if asks_always or kind == chosen:
+                    ask(hp, kind)
 
     hp = keras_tuner.HyperParameters()
     build(hp)
     with pytest.raises(ValueError, match=r"'size' is .* in one branch and .* name of its own"):
-        describe(hp)
+        describe(hp, build)
     drawn(build, kind="a")
     with pytest.raises(ValueError, match=r"dynamic|different|does not match"):
         drawn(build, kind="b")
@@ -343,19 +348,49 @@ def test_a_known_point_is_completed_by_defaults(point, whole):
     assert hp.values == whole
 
 
-def test_a_space_is_described_with_its_conditions():
+@pytest.mark.parametrize("asks_always", [True, False])
+def test_a_space_is_described_with_its_conditions(asks_always):
+    def build(hp):
+        chosen = hp.Choice("kind", ["a", "b"])
+        for kind, high in (("a", 9), ("b", 99)):
+            with hp.conditional_scope("kind", [kind]):
+                if asks_always or kind == chosen:
+                    hp.Int("units", 1, high)
+                    hp.Int("units", 1, high)  # read twice, described once
+
     hp = keras_tuner.HyperParameters()
-    hp.Choice("kind", ["a", "b"])
-    for kind, high in (("a", 9), ("b", 99)):
-        with hp.conditional_scope("kind", [kind]):
-            hp.Int("units", 1, high)
-            hp.Int("units", 1, high)  # read twice, described once
+    build(hp)
     units = {"name": "units", "kind": "int", "low": 1, "step": 1, "log": False}
-    assert describe(hp) == [
+    assert describe(hp, build) == [
         {"name": "kind", "kind": "categorical", "choices": ["a", "b"], "when": []},
         {**units, "high": 9, "when": [when("a")]},
         {**units, "high": 99, "when": [when("b")]},
     ]
+
+
+def test_branches_of_branches_are_described_also_where_there_is_no_model():
+    def build(hp):
+        kind = hp.Choice("kind", ["a", "b"])
+        with hp.conditional_scope("kind", ["b"]):
+            if kind == "b":
+                depth = hp.Int("depth", 1, 2)
+                with hp.conditional_scope("depth", [2]):
+                    if depth == 2:
+                        hp.Float("rate", 0.0, 1.0)
+                        raise ValueError("no such model")
+
+    hp = keras_tuner.HyperParameters()
+    build(hp)
+    assert [described["name"] for described in describe(hp, build)] == ["kind", "depth", "rate"]
+
+
+def test_a_space_that_asks_in_all_its_branches_is_built_once():
+    """Its workers wait for it as they start."""
+    hp = keras_tuner.HyperParameters()
+    CNN((28, 28, 1), 10, 12_800).build(hp)
+    builds = []
+    describe(hp, builds.append)
+    assert not builds
 
 
 def when(kind):

@@ -50,7 +50,6 @@ class Trial:
     """Answers with the first choice and the middle of a range, and keeps what it is told."""
 
     number, attempt = 0, 1
-    pauses = False
 
     def __init__(self, prune_at=None, offers=(), **answers):
         self._offers = offers  # answers of each draft
@@ -206,6 +205,19 @@ def tasks(
         cache_size=int(1e9) if cache_size is None else cache_size,
     )
     return KerasTasks(study, dataclasses.asdict(settings))
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Models and plans of the trials, which are trained no further."""
+    planned = []
+
+    def fit(self, space, hp, model, plan, *_):
+        planned.append((model, plan))
+        return 0.5
+
+    monkeypatch.setattr(KerasTasks, "_fit", fit)
+    return planned
 
 
 def accuracy(model, x, y):
@@ -625,7 +637,7 @@ def test_workers_share_the_memory(monkeypatch):
         ([{"units": 16}, {"units": 8}], {"max_parameters": 1}, 16),
     ],
 )
-def test_the_cheapest_draft_is_trained(offers, limits, units):
+def test_the_cheapest_draft_is_trained(planned, offers, limits, units):
     class Batches(Small):
         def build(self, hp):
             hp.Choice("batch_size", [50, 10**9])
@@ -635,10 +647,10 @@ def test_the_cheapest_draft_is_trained(offers, limits, units):
     outcome = tasks(Batches, **limits).trial(trial, MESSAGE | {"drafts": len(offers)})
     assert outcome["outcome"] == ("invalid" if limits else "complete")
     assert trial.params["units"] == units
-    assert Small.model.layers[-2].units == units
+    assert [model.layers[-2].units for model, _ in planned] == ([] if limits else [units])
 
 
-def test_the_batch_size_is_the_run_s(made_up_data):
+def test_the_batch_size_is_the_run_s(planned, made_up_data):
     """A config is trained with its own, whatever its study's file says by now."""
     memory = []
     for batch_size in (50, 25):
@@ -646,6 +658,7 @@ def test_the_batch_size_is_the_run_s(made_up_data):
         task._settings["batch_size"] = batch_size
         task.trial(trial, MESSAGE)
         memory.append(trial.user_attrs["memory"])
+    assert [plan.batch_size for _, plan in planned] == [50, 25]
     assert memory[0] > memory[1]
 
 
@@ -699,17 +712,6 @@ def test_a_point_that_keras_cannot_build_is_invalid():
     assert outcome["outcome"] == "invalid"
     assert outcome["reason"].startswith("it can't be built: ")
     assert tasks(Shrinking).trial(Trial(), MESSAGE)["outcome"] == "complete"
-
-
-def test_a_trial_that_pauses_goes_on_as_if_it_had_not(tmp_path):
-    message = MESSAGE | {"checkpoint": str(tmp_path / "trial-0.npz")}
-    alone, paused, resumed = Trial(), Trial(prune_at=2), Trial()
-    paused.pauses = True
-    expected = tasks(epochs=3).trial(alone, MESSAGE)
-    assert tasks(epochs=3).trial(paused, message) == {"outcome": "paused"}
-    assert tasks(epochs=3).trial(resumed, message) == expected
-    assert resumed.resumed == max(paused.reports) == 2
-    assert paused.reports | resumed.reports == pytest.approx(alone.reports)
 
 
 def test_a_killed_trial_goes_on_after_its_last_report(tmp_path, monkeypatch):

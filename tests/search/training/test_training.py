@@ -158,13 +158,10 @@ def test_a_longer_plan_begins_with_the_shorter_one(num_reports):
     np.testing.assert_array_equal(longer[: len(shorter)], shorter)
 
 
-@pytest.mark.parametrize("num_done", [1, 3, 5])
-def test_a_resumed_training_sees_the_images_it_would_have_seen(num_done):
-    position = num_done * 20
-    whole = plan(num_reports=6).order()
-    np.testing.assert_array_equal(plan(num_reports=6).order()[position:], whole[position:])
-    seen = whole[: 60 * (position // 60)]
-    np.testing.assert_array_equal(np.bincount(seen, minlength=60), np.full(60, len(seen) // 60))
+def test_each_epoch_sees_each_image_once():
+    first, second = np.split(plan(num_reports=6).order(), 2)
+    assert sorted(first) == sorted(second) == list(range(60))
+    assert first.tolist() != second.tolist()
 
 
 def test_the_model_is_shown_the_plan_s_images_in_its_order():
@@ -528,6 +525,7 @@ def test_labels_are_what_the_loss_takes(loss, is_one_hot):
     else:
         assert labels.dtype == np.float32
         assert labels.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
+    model.run_eagerly = True  # nothing to trace for three images
     model.evaluate(data(3)[0], labels, verbose=0)
 
 

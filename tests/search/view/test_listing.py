@@ -5,17 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
 import pytest
 import yaml
+from click.testing import CliRunner
 from optuna.trial import TrialState
 
 from search import results, run_record
+from search.cli import look
 from search.errors import SearchError
 from search.journey import Outcome
 from search.report import report, source
@@ -25,7 +25,6 @@ from search.view.textplot import curves, sparkline
 from search.winners import export
 from search.winners.repeat import Repeated
 from tests import made_up_run
-from tests.command import ROOT
 
 ATTEMPTS = [
     {"attempt": 1, "host": "a", "process": 7, "device": "gpu 0", "start": 1.7e9, "end": 1.7e9 + 9,
@@ -63,13 +62,14 @@ def folder(tmp_path_factory):
 
 
 def show(folder: Path, *arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "search", "show", "--study", "quickstart", "--out", str(folder),
-         *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    done = CliRunner().invoke(
+        look.show, ["--study", "quickstart", "--out", str(folder), *arguments]
+    )
+    if isinstance(done.exception, SearchError):
+        assert done.exception.exit_code == code
+        return str(done.exception)
+    assert done.exit_code == code, done.output
+    return done.output
 
 
 def test_the_leaderboard(folder):
@@ -139,7 +139,7 @@ def test_a_sparkline(values, width, line):
 
 
 def test_curves():
-    plot = curves({"val": [0.0, 1.0], "train": [None, 0.0]}, width=20, height=3)
+    plot = curves({"val": [0.0, 1.0], "train": [None, 0.0]}, [1, 2], width=20, height=3)
     assert plot == [
         "1.0000 ┤          ●",
         "       ┤",
@@ -149,17 +149,27 @@ def test_curves():
     ]
 
 
+def test_reports_are_named_by_their_steps():
+    plot = curves({"value": [0.0, 0.5, 1.0]}, [10, 20, 30], width=40)
+    assert plot[-2].split() == ["10", "report", "30"]
+    assert curves({"value": [0.0, 0.5, 1.0]}, [1000, 2000, 3000], width=40)[-2].split() == [
+        "1000", "3000"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("width", [20, 40, 80])
 @pytest.mark.parametrize("num_reports", [1, 2, 30, 500])
 def test_curves_keep_to_their_width(width, num_reports):
     values = [(step % 7) / 7 for step in range(num_reports)]
-    lines = curves({"a": values, "b": [float("nan")] * num_reports}, width=width)
+    lines = curves(
+        {"a": values, "b": [float("nan")] * num_reports}, range(1, num_reports + 1), width=width
+    )
     assert max(map(len, lines)) <= width
     assert len(lines) == 12
 
 
 def test_nothing_to_draw_is_no_plot():
-    assert curves({"a": [None], "b": []}, width=40) == []
+    assert curves({"a": [None], "b": []}, [1], width=40) == []
 
 
 def test_one_seed_has_no_spread():
@@ -194,7 +204,7 @@ def test_a_tiny_value_is_read_everywhere(capsys):
     study.add_trial(optuna.trial.create_trial(value=3e-06, intermediate_values={1: 2e-06}))
     listing.print_leaderboard(study, Path("runs/tiny"), 20)
     listing.print_trial(study, results.detail(study, 0))
-    listing.print_outcome(outcome(best=row(0, 3e-06)), "--study tiny")
+    listing.print_outcome(outcome(best=row(0, 3e-06)), "--study tiny", "--study tiny")
     shown = capsys.readouterr().out
     assert shown.count("3e-06") == 3
     assert "0.0000" not in shown
@@ -216,8 +226,10 @@ def outcome(folder=Path("runs/mine"), kind="space", best=None, metrics=None):
 def winner(**changed):
     part = {"mean": {"accuracy": 0.9, "loss": 0.5}, "std": {"accuracy": 0.0, "loss": 0.0}}
     return {
+        "trial": 0,
         "params": {"model": "mlp"},
         "seeds": [{}],
+        "diverged": [],
         "epochs": 3.0,
         "parameters": 7,
         "weights": None,
@@ -239,7 +251,7 @@ def test_paths_and_options_are_shown_as_they_are_and_whole(tmp_path, capsys, nar
     folder.mkdir(parents=True)  # one has a / in it
     (folder / "report.html").touch()
     options = f"--study '{odd}.py' --out '{folder}'"
-    listing.print_outcome(outcome(folder), options)
+    listing.print_outcome(outcome(folder), options, options)
     lines = capsys.readouterr().out.splitlines()
     assert f"report: {folder}/report.html" in lines
     for command in ("show", "export", "dashboard"):
@@ -280,7 +292,9 @@ def test_points_that_are_compared_are_shown_as_they_are(capsys, odd):
     begun = winner(params={"model": odd}, weights=f"weights of {odd}.keras")
     other = winner(params={"model": f"other {odd}"}, published={"val_loss": 0.25})
     figures = {"winners": [begun, other], "search": {"seconds": 5.0}}
-    listing.print_outcome(outcome(kind="comparison", metrics=figures), "--study mine")
+    listing.print_outcome(
+        outcome(kind="comparison", metrics=figures), "--study mine", "--study mine"
+    )
     lines = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
     assert [f"{odd} (weights of {odd}.keras)", *["0.9000"] * 3, "1", "3.0", "7"] in [
         line[:7] for line in lines
@@ -297,7 +311,9 @@ def test_a_published_figure_that_is_not_measured_here_is_said_to_be_so(capsys):
         ("train top5", "0.9877", "not measured", ""),
         ("test accuracy", "0.8000", "0.9000", "+0.1000"),
     ]
-    listing.print_outcome(outcome(kind="comparison", metrics=figures), "--study mine")
+    listing.print_outcome(
+        outcome(kind="comparison", metrics=figures), "--study mine", "--study mine"
+    )
     assert re.search(r"mlp +train top5 +0.9877 +not measured", capsys.readouterr().out)
 
 
@@ -417,7 +433,9 @@ def test_random_weights_are_said_wherever_a_figure_of_theirs_stands(tmp_path, ca
     assert "begun from random weights" in capsys.readouterr().out
     listing.print_trial(study, results.detail(study, 0))
     assert "from random weights" in capsys.readouterr().out.splitlines()[0]
-    listing.print_outcome(outcome(best=row(3, 0.5, "random weights")), "--study mine")
+    listing.print_outcome(
+        outcome(best=row(3, 0.5, "random weights")), "--study mine", "--study mine"
+    )
     assert "best: trial 3 with 0.5000, begun from random weights" in capsys.readouterr().out
     assert {row.weights for row in results.rows(study)} == {"random weights"}
     (best,) = results.winners(study, 1)
@@ -449,14 +467,36 @@ def test_a_figure_that_a_fit_of_its_own_did_not_measure_is_left_out(capsys):
     mlp = winner(published={"train_accuracy": 0.9})
     del mlp["train"]
     figures = {"winners": [mlp], "search": {"seconds": 5.0}}
-    listing.print_outcome(outcome(kind="comparison", metrics=figures), "--study mine")
+    listing.print_outcome(
+        outcome(kind="comparison", metrics=figures), "--study mine", "--study mine"
+    )
     assert re.search(r"train accuracy +0.9000 +not measured", capsys.readouterr().out)
+
+
+def test_seeds_that_diverged_are_counted(capsys):
+    figures = {"winners": [winner(seeds=[{}, {}], diverged=[1])], "search": {"seconds": 5.0}}
+    listing.print_outcome(outcome(kind="comparison", metrics=figures), "--study mine", "")
+    assert (
+        "trial 0 (mlp): 1 of 3 trainings diverged and are in none of the figures\n"
+        in capsys.readouterr().out
+    )
+
+
+def test_images_are_classified_without_the_study_s_storage(capsys):
+    figures = {"winners": [winner()], "search": {"seconds": 5.0}}
+    same_run, same_folder = "--study mine --storage postgresql://h/d", "--study mine"
+    listing.print_outcome(outcome(kind="comparison", metrics=figures), same_run, same_folder)
+    shown = capsys.readouterr().out.splitlines()
+    assert f"  fmnist-search show {same_run}" in shown
+    assert f"  fmnist-search predict {same_folder} IMAGE.png" in shown
 
 
 def test_a_winner_without_a_sound_training_is_named(capsys):
     lost = {"trial": 41, "params": {"units": 3, "rate": 0.1}, "reason": "loss was nan at report 2"}
     figures = {"winners": [winner()], "search": {"seconds": 5.0}, "diverged": [lost]}
-    listing.print_outcome(outcome(kind="comparison", metrics=figures), "--study mine")
+    listing.print_outcome(
+        outcome(kind="comparison", metrics=figures), "--study mine", "--study mine"
+    )
     said = "trial 41 has no figures: it diverged with every seed (loss was nan at report 2)"
     assert said in " ".join(capsys.readouterr().out.split())
 
@@ -489,7 +529,7 @@ def test_a_search_took_until_a_trial_that_was_cut_off_was_last_seen():
         study.add_trial(
             optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"attempts": [attempt]})
         )
-    assert results.search_seconds(study) == 40
+    assert results.Clock(study.trials).seconds == 40
 
 
 def test_a_trial_of_a_fixed_model_can_be_chosen():

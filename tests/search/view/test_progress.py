@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import re
@@ -245,6 +246,32 @@ def test_no_colours_and_no_tricks_where_they_are_not_wanted(terminal, environmen
     assert shown.process.wait(timeout=20) == 0
     assert not re.search(codes, text), repr(text[:500])
     assert "12 of 12 trials finished" in text
+
+
+def test_a_terminal_that_is_gone_costs_the_picture_alone(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+    class Terminal(io.StringIO):
+        is_gone = False
+
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            if self.is_gone:  # as Linux has it
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(text)
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with View() as view:
+        assert view._is_live
+        view.said("an event")
+        terminal.is_gone = True
+        logging.getLogger("search").info("trial 3 has ended")
+        view.refresh(slots())
+        assert not view._is_live
+    assert sys.stderr is terminal  # and nothing of the picture's
 
 
 def test_a_caller_s_own_handlers_are_shown_nothing_and_get_back_their_logger():

@@ -166,6 +166,13 @@ def test_a_third_seed_is_added_to_those_that_are_there(compared, tmp_path):
     assert now - trained == {"trial-0-seed-2.keras", "trial-1-seed-2.keras"}
     study = storage.read_study(f"sqlite:///{tmp_path}/run/study.db", "two")
     assert len(study.trials) == 2
+    assert [attempt["reason"] for attempt in study.trials[0].user_attrs["attempts"]] == [
+        "complete", "complete"
+    ]  # fmt: skip
+    seconds = metrics(tmp_path)["search"]["seconds"]  # of all, not of the first two seeds
+    of_seeds = [3 * winner["seconds"] for winner in metrics(tmp_path)["winners"]]
+    assert seconds == pytest.approx(sum(of_seeds), abs=0.5)
+    assert seconds > metrics(folder)["search"]["seconds"]
 
 
 @pytest.mark.slow

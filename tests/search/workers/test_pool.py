@@ -13,7 +13,7 @@ from search.errors import Interrupted, SearchError
 from search.workers import pool as pools
 from search.workers import slots
 from search.workers.devices import Device
-from search.workers.local import LocalEngine
+from search.workers.local import LocalEngine, environment
 from search.workers.pool import Pool
 from search.workers.protocol import Channel
 
@@ -246,6 +246,17 @@ def test_a_worker_that_is_silent_for_ten_times_its_interval_hangs(monkeypatch, m
         task.hear(message)
     assert task.overdue(None, 130.0 + 599) == ""
     assert task.overdue(None, 130.0 + 601) == overdue
+
+
+@pytest.mark.parametrize("interval", [0.1, 1.0, 30.0])
+def test_a_worker_of_quick_reports_has_five_minutes(monkeypatch, interval):
+    task = slots.Task(0, 1, {})
+    for report in range(3):
+        now = 10.0 + report * interval
+        monkeypatch.setattr(pools.time, "monotonic", lambda now=now: now)
+        task.hear({"type": "report", "step": report + 1, "value": 0.5})
+    assert task.overdue(None, now + 299) == ""
+    assert task.overdue(None, now + 301) == "said nothing for 301 s"
 
 
 @pytest.mark.parametrize("stamp", [{"trial": 4, "attempt": 1}, {"trial": 3, "attempt": 2}])
@@ -484,6 +495,61 @@ def test_a_worker_with_another_space_ends_the_run(make):
     engine.started[1].say("ready", rss=MB, space=[{"name": "units"}])
     with pytest.raises(SearchError, match="the study's file has changed while it was run"):
         heard(pool)
+
+
+def test_workers_of_another_precision_end_the_run(make):
+    pool, engine = make(2)
+    for worker, precision in zip(engine.started, ("bfloat16", "float32"), strict=True):
+        worker.say("described", name="mine")
+        worker.say("ready", rss=MB, space=[], precision=precision)
+    with pytest.raises(SearchError, match=r"some train in .*others in .*Fix: give --precision"):
+        heard(pool)
+
+
+def test_a_worker_of_another_precision_that_comes_later_is_left_out(make, caplog):
+    pool, engine = make(2)
+    engine.started[0].say("described", name="mine")
+    engine.started[0].say("ready", rss=MB, space=[], precision="float32")
+    heard(pool)
+    pool.give(pool.slots[0], 0, 1, {"task": "trial"})
+    engine.started[1].say("described", name="mine")
+    engine.started[1].say("ready", rss=MB, space=[], precision="bfloat16")
+    assert heard(pool) == []
+    assert engine.started[1].killed
+    assert "some train in bfloat16, others in float32" in caplog.text
+
+
+def test_workers_get_no_password_of_the_storage(monkeypatch):
+    for name in ("PGPASSWORD", "PGPASSFILE", "PGUSER"):
+        monkeypatch.setenv(name, "secret")
+    given = environment(Device(threads=1))
+    assert "PGUSER" in given
+    assert not {"PGPASSWORD", "PGPASSFILE"} & given.keys()
+
+
+def test_a_worker_that_cannot_be_started_leaves_none_behind():
+    engine = Engine()
+    start = engine.start
+
+    def fails(device, slot):
+        if engine.started:
+            raise SearchError("no more processes")
+        return start(device, slot)
+
+    engine.start = fails
+    with pytest.raises(SearchError, match="no more"):
+        Pool(engine, [Device(threads=1)] * 2, OPENING).__enter__()
+    assert engine.started[0].killed
+    engine.started[0].die()
+
+
+def test_a_coordinator_that_is_always_a_little_busy_excuses_nobody(busy):
+    busy.pool._silence = 0.5
+    end = time.monotonic() + 20
+    while not busy.worker.killed and time.monotonic() < end:
+        list(busy.pool.poll(0.0))
+        time.sleep(0.05)  # it stores and asks
+    assert busy.worker.killed
 
 
 def test_the_time_in_which_the_coordinator_was_stopped_is_not_the_worker_s(busy, monkeypatch):

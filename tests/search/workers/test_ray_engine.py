@@ -1,5 +1,6 @@
 """The engine on a Ray that is made up: what real clusters are too slow or too well for."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -148,6 +149,47 @@ def test_a_task_s_relative_paths_are_sent_as_absolute_ones(make, tmp_path, monke
     assert sent["model"] == str(tmp_path / "m.keras")
     assert sent["path"] == str(tmp_path / "run/e.npz")
     assert (sent["pictures"], task["path"]) == (None, "run/e.npz")
+
+
+def finishing(make, path, read):
+    """A worker whose task has ended, and written a file where it is."""
+    sha256 = hashlib.sha256(b"model").hexdigest()
+    stamp = {"type": "finished", "trial": 4, "attempt": 1, "rss": 1}
+    line = json.dumps(stamp | {"outcome": "complete", "sha256": sha256}).encode() + b"\n"
+    says = {"begin": [BEGUN], "receive": [None], "end": [{}], "read": read}
+    engine, _ = make(**says)
+    worker = engine.start(engine.devices("1")[0], 0)
+    worker.channel.send({"type": "start", "path": str(path), "pictures": None})
+    says["receive"][:] = [line, b""]
+    worker._thread.join(10)
+    return worker
+
+
+def test_what_a_task_has_written_comes_before_it_has_finished(make, tmp_path):
+    worker = finishing(make, tmp_path / "m.keras", [b"mod", b"el", b""])
+    (message,) = worker.channel.receive()
+    worker.kill()
+    assert message["outcome"] == "complete"
+    assert (tmp_path / "m.keras").read_bytes() == b"model"
+
+
+def test_a_disk_that_cannot_take_it_ends_the_task_and_no_worker(make, tmp_path):
+    (tmp_path / "file").touch()
+    worker = finishing(make, tmp_path / "file" / "m.keras", [b"model", b""])
+    (message,) = worker.channel.receive()
+    worker.kill()
+    assert (message["trial"], message["outcome"]) == (4, "error")
+    assert f"{tmp_path}/file" in message["reason"]
+
+
+@pytest.mark.parametrize("read", [[OSError("gone")], [b"another", b""]])
+def test_a_file_that_does_not_come_whole_costs_the_worker(make, tmp_path, read):
+    worker = finishing(make, tmp_path / "m.keras", read)
+    with pytest.raises(EOFError):
+        worker.channel.receive()
+    worker.kill()
+    assert "was given up: " in worker.post_mortem()
+    assert not (tmp_path / "m.keras").exists()
 
 
 def test_a_kill_for_memory_counts_once_on_its_host(make):
