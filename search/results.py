@@ -241,7 +241,7 @@ def _diverged(figures: Mapping[str, Any]) -> Iterator[str]:
             trainings = f"{lost} of {lost + len(winner['seeds'])} trainings"
             yield f"{_named(winner)}: {trainings} diverged and are in none of the figures"
     for winner in figures.get("diverged", []):
-        yield (f"{_named(winner)} has no figures: it diverged with every seed ({winner['reason']})")
+        yield f"{_named(winner)} has no figures: it diverged with every seed ({winner['reason']})"
 
 
 def _named(winner: Mapping[str, Any]) -> str:
